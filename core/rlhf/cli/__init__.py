@@ -1,0 +1,92 @@
+"""The command line. Light until a command runs: no torch for help, plugins or plans."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from rlhf import __version__
+from rlhf.errors import Interrupted, RequestError, RunError
+
+_COMMANDS = {
+    "run": ("rlhf.cli.run:run", "Train: compose a run and carry it out."),
+    "plan": ("rlhf.cli.run:plan", "Show the plan of a run, or why there is none. Loads no weights."),
+    "plugins": ("rlhf.cli.plugins:plugins", "List what is installed."),
+    "pipeline": ("rlhf.cli.pipeline:pipeline", "Run stages that feed each other, such as SFT, reward model, PPO."),
+    "eval": ("rlhf.cli.evaluate:evaluate", "Score a finished run's model on held-out data."),
+    "report": ("rlhf.cli.report:report", "Write a run's report: one self-contained HTML page."),
+}
+
+
+class _Lazy(click.Group):
+    """Subcommands imported when called; their summaries are here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rlhf")
+def cli() -> None:
+    """RLHF and LLM post-training composed at run time from independent plugins.
+
+    \b
+    rlhf run --algo ppo                      learn on the built-in example: no network, no GPU
+    rlhf run --algo ppo --help               its options, and those of the components chosen with it
+    rlhf run --algo dpo --model M --data D   on a model and data of yours
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; exits with 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    try:
+        code = cli.main(args=arguments, prog_name="rlhf", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except RequestError as error:
+        for problem in error.problems:
+            fail(str(problem))
+        if error.suggestion:
+            say(f"the nearest combination that works: {error.suggestion}")
+        sys.exit(2)
+    except RunError as error:
+        fail(str(error))
+        sys.exit(1)
+    except Interrupted as error:
+        say(str(error))
+        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def say(text: str) -> None:
+    """A line for the user, on stderr, so that stdout holds results alone."""
+    click.echo(text, err=True)
+
+
+def fail(text: str) -> None:
+    """A problem, marked as one."""
+    click.echo(click.style("error: ", fg="red", bold=True) + text, err=True)

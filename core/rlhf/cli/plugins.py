@@ -1,0 +1,80 @@
+"""`rlhf plugins`: what is installed, and what is wrong with the rest."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from rlhf.cli import say
+from rlhf.cli.recipes import option_rows
+from rlhf.entries import KINDS, MANY
+from rlhf.errors import Problem, RequestError
+from rlhf.options import nearest
+from rlhf.registry import Offer, Registry, loaded, status_of
+
+
+@click.group(invoke_without_command=True)
+@click.option("--kind", type=click.Choice(list(KINDS)), help="only this kind")
+@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+@click.pass_context
+def plugins(ctx: click.Context, kind: str | None, as_json: bool) -> None:
+    """List every component of every installed plugin, with its distribution and whether it can be used."""
+    if ctx.invoked_subcommand is not None:
+        return
+    registry = loaded()
+    offers = [offer for offer in registry.offers if kind in (None, offer.kind)]
+    if as_json:
+        click.echo(json.dumps(status_of(offers), indent=1))
+        return
+    width = max((len(offer.name) for offer in offers), default=0)
+    for name in [*KINDS, ""]:
+        members = sorted((o for o in offers if o.kind == name), key=lambda o: o.name)
+        if members:
+            click.echo(f"{name or 'failed plugins'}")
+        for offer in members:
+            state = "" if offer.status == "ok" else f"  [{offer.status}: {offer.reason}]"
+            click.echo(
+                f"  {offer.name:<{width}}  {offer.summary or '-'}  ({offer.distribution} {offer.version}){state}"
+            )
+    _warn(registry)
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+def show(name: str, as_json: bool) -> None:
+    """Show one component: its options, what it provides, requires and excludes."""
+    registry = loaded()
+    offers = [offer for offer in registry.offers if offer.name == name]
+    if not offers:
+        near = nearest(name, [offer.name for offer in registry.offers])
+        raise RequestError(Problem(f"no component is called {name!r}", f"did you mean {near!r}?" if near else ""))
+    if as_json:
+        click.echo(json.dumps(status_of(offers), indent=1))
+        return
+    for offer in offers:
+        click.echo(_page(offer))
+
+
+def _page(offer: Offer) -> str:
+    lines = [
+        f"--{offer.kind} {offer.name}: {offer.summary}",
+        f"  from {offer.distribution} {offer.version}, {offer.status}",
+    ]
+    if offer.reason:
+        lines.append(f"  {offer.reason}")
+    entry = offer.entry
+    if entry is None:
+        return "\n".join(lines)
+    for title, names in (("provides", entry.provides), ("requires", entry.requires), ("excludes", entry.conflicts)):
+        if names:
+            lines.append(f"  {title} {', '.join(sorted(names))}")
+    prefix = f"--{offer.kind}.{offer.name}." if offer.kind in MANY else f"--{offer.kind}."
+    lines += [f"  {flag}\n      {text}" for flag, text in option_rows(entry, prefix)]
+    return "\n".join(lines)
+
+
+def _warn(registry: Registry) -> None:
+    for warning in registry.warnings:
+        say(f"warning: {warning}")

@@ -1,0 +1,168 @@
+"""What `run`, `plan` and their kin share: flags made from the run options and kinds, `--KIND.FIELD` options, and a
+help that shows the options of the components chosen."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import click
+
+from rlhf import options, recipe
+from rlhf.compose import chosen_entries
+from rlhf.entries import KINDS, MANY, Entry
+from rlhf.errors import Problem, RequestError
+from rlhf.recipe import Recipe, RunOptions
+from rlhf.registry import Registry, loaded
+
+_KIND_HELP = {
+    "algo": "algorithm",
+    "policy": "how models are loaded and scored",
+    "engine": "rollout engine",
+    "reward": "reward source; may be repeated, NAME:LABEL tells two of a sort apart",
+    "mem": "memory strategy; may be repeated or joined by commas; ROLE=NAME is for one role",
+    "optim": "optimiser strategy",
+    "backend": "parallel backend",
+    "format": "format of the data; left out, by file name",
+    "track": "tracker; may be repeated",
+    "launch": "what starts the processes",
+}
+
+
+class RecipeCommand(click.Command):
+    """A command whose `--KIND.FIELD` options depend on the components chosen."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        field_options, rest = split_fields(args)
+        ctx.meta["rlhf.fields"] = field_options
+        if any(word in ("-h", "--help") for word in rest):
+            kept = [word for word in rest if word not in ("-h", "--help")]
+            click.echo(self._help(ctx, _scan(kept)))
+            ctx.exit(0)
+        return super().parse_args(ctx, rest)
+
+    def _help(self, ctx: click.Context, asked: Recipe) -> str:
+        formatter = click.HelpFormatter(width=min(shutil.get_terminal_size().columns, 110))
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        registry = loaded()
+        with formatter.section("Components"):
+            rows = []
+            for kind in KINDS:
+                names = ", ".join(entry.name for entry in registry.entries(kind))
+                rows.append((f"--{kind} NAME", f"{_KIND_HELP[kind]}: {names or 'none installed'}"))
+            formatter.write_dl(rows)
+        own = [p.get_help_record(ctx) for p in self.params if isinstance(p, click.Option) and p.name not in KINDS]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in own if record])
+        if not asked.picks.get("algo"):
+            formatter.write_paragraph()
+            formatter.write_text("Add --algo NAME, or any other component, to see its options: --KIND.FIELD VALUE.")
+        else:
+            _component_help(formatter, asked, registry)
+        return formatter.getvalue().rstrip()
+
+
+def _component_help(formatter: click.HelpFormatter, asked: Recipe, registry: Registry) -> None:
+    chosen = chosen_entries(asked, registry)
+    for kind, entries in chosen.items():
+        for entry in {entry.name: entry for entry in entries}.values():
+            prefix = f"--{kind}.{entry.name}." if kind in MANY else f"--{kind}."
+            if entry.config is None or (kind == "format" and not asked.picks.get("format")):
+                continue
+            title = f"{kind} {entry.name}: {entry.summary}"
+            with formatter.section(title):
+                formatter.write_dl(option_rows(entry, prefix))
+
+
+def option_rows(entry: Entry, prefix: str) -> list[tuple[str, str]]:
+    """(flag with its type, help with default, unit and source) of each option of an entry."""
+    rows = []
+    for name, field in options.fields(entry.config).items() if entry.config else ():
+        default = "required" if field.default is attrs.NOTHING else f"default: {_shown(field.default)}"
+        flag = f"{prefix}{name.replace('_', '-')}"
+        rows.append((f"{flag} {options.type_name(field.type)}", f"{options.info(field).text()}  [{default}]"))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list | dict) and not value:
+        return "none"
+    return str(value)
+
+
+def split_fields(args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Take `--KIND.FIELD VALUE`, `--KIND.FIELD=VALUE` and bare `--KIND.FIELD` (true) out of the arguments."""
+    found: list[tuple[str, str]] = []
+    rest: list[str] = []
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            rest += [word, *words]
+            break
+        name, sign, value = word.partition("=")
+        kind, dot, _ = name[2:].partition(".")
+        if not (word.startswith("--") and dot):
+            rest.append(word)
+            continue
+        if kind not in KINDS:
+            near = options.nearest(kind, KINDS)
+            fix = f"did you mean --{near}.{name[3 + len(kind) :]}?" if near else f"kinds: {', '.join(KINDS)}"
+            raise RequestError(Problem(f"unknown option {name}", fix))
+        if not sign:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        found.append((name[2:], value))
+    return found, rest
+
+
+def _scan(args: Sequence[str]) -> Recipe:
+    """The components named in arguments that may be incomplete, for help."""
+    named: dict[str, list[str]] = {}
+    for i, word in enumerate(args):
+        name, sign, value = word.partition("=")
+        if name[2:] in KINDS and name.startswith("--"):
+            given = value if sign else args[i + 1] if i + 1 < len(args) else ""
+            if given and not given.startswith("--"):
+                named.setdefault(name[2:], []).append(given)
+    return recipe.from_flags({}, [], named)
+
+
+def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command with RECIPE, the kinds, the run options, and what goes with them."""
+    decorators = [
+        click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False),
+        click.option("--model", metavar="PATH", multiple=True, help="model folder, run directory or hub id; or ROLE=PATH"),
+        click.option("--data", metavar="PATH", multiple=True, help="data file, folder or hub id; may be repeated"),
+        click.option("--eval-data", metavar="PATH", multiple=True, help="held-out data; left out, a share of --data"),
+    ]  # fmt: skip
+    decorators += [
+        click.option(f"--{kind}", metavar="NAME", multiple=True, help=text) for kind, text in _KIND_HELP.items()
+    ]
+    for name, field in options.fields(RunOptions).items():
+        flag = f"--{name.replace('_', '-')}"
+        text = options.info(field).text()
+        shown = "" if field.default is None else f"  [default: {_shown(field.default)}]"
+        if field.type is bool:
+            decorators.append(click.option(flag, is_flag=True, default=None, help=text))
+        else:
+            decorators.append(click.option(flag, metavar=options.type_name(field.type).upper(), help=text + shown))
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def recipe_of(ctx: click.Context, recipe_file: str | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe a command line means: the file's, with the flags on top."""
+    named = {kind: flags.pop(kind) for kind in KINDS}
+    typed = recipe.from_flags(flags, ctx.meta["rlhf.fields"], named)
+    for kind, picks in typed.picks.items():
+        if len(picks) > 1 and kind not in MANY:
+            raise RequestError(Problem(f"--{kind} takes one component, not {len(picks)}"))
+    return recipe.from_file(recipe_file).merged(typed) if recipe_file else typed

@@ -1,0 +1,191 @@
+"""What the machine and the model are, found without importing torch or transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import attrs
+import psutil
+
+from rlhf.errors import Problem
+
+
+@attrs.frozen
+class Gpu:
+    """One CUDA device, as NVML tells it."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+
+
+@attrs.frozen
+class Machine:
+    """The machine this process runs on."""
+
+    cpus: int
+    cpu_flags: frozenset[str]
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    world_size: int
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Capabilities of the machine: "cuda", "bf16"."""
+        found = set()
+        if self.gpus:
+            found.add("cuda")
+            if all(gpu.compute_capability >= (8, 0) for gpu in self.gpus):
+                found.add("bf16")
+        elif {"avx512_bf16", "amx_bf16", "bf16"} & self.cpu_flags:
+            found.add("bf16")
+        return frozenset(found)
+
+
+def machine(world_size: int = 1) -> Machine:
+    """Look at this machine."""
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cpus = os.cpu_count() or 1
+    return Machine(
+        cpus=cpus,
+        cpu_flags=_cpu_flags(),
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=_gpus(),
+        world_size=world_size,
+    )
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ()
+    try:
+        import pynvml  # type: ignore[import-untyped,unused-ignore]
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, no driver or no device: all mean that there is nothing to plan for
+        return ()
+    try:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        if visible and all(part.strip().isdigit() for part in visible.split(",")):
+            handles = [handles[int(part)] for part in visible.split(",") if int(part) < len(handles)]
+        return tuple(
+            Gpu(
+                name=str(pynvml.nvmlDeviceGetName(handle)),
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+            )
+            for handle in handles
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@attrs.frozen
+class ModelFacts:
+    """A model's `config.json`, read as JSON. Where the model is on the hub and not yet here, only `path` is known."""
+
+    path: str
+    config: dict[str, Any] | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.config is not None
+
+    def get(self, *names: str) -> Any:
+        """The first of these config keys that is there, looked up in a nested text config too."""
+        nested = (self.config or {}).get("text_config")
+        for source in (self.config or {}, nested if isinstance(nested, dict) else {}):
+            for name in names:
+                if source.get(name) is not None:
+                    return source[name]
+        return None
+
+    @property
+    def architecture(self) -> str:
+        names = (self.config or {}).get("architectures") or []
+        return str(names[0]) if names else ""
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence, in tokens, prompt and response together."""
+        value = self.get("max_position_embeddings", "n_positions", "max_seq_len")
+        return int(value) if value is not None else None
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def model(path: str, role: str = "") -> ModelFacts | Problem:
+    """Read a model's facts from a folder, a run directory (its `model/`), or the hub's local cache.
+
+    A folder that is a run or holds one model per role is resolved to the one for `role`.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        for place in (
+            (folder / role, folder / "model" / role, folder, folder / "model")
+            if role
+            else (
+                folder,
+                folder / "model",
+            )
+        ):
+            if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+                return _read(place)
+        inner = sorted([*folder.glob("*/config.json"), *folder.glob("model/*/config.json")])
+        if len(inner) == 1:  # a run that trained a single role of another name
+            return _read(inner[0].parent)
+        parts = [p.parent.name for p in inner]
+        fix = f"it holds these, one a role: {', '.join(parts)}" if parts else "a model folder has a config.json"
+        return Problem(f"--model {path}: the folder holds no model", fix)
+    if folder.exists():
+        return Problem(f"--model {path}: is a file", "give the model's folder, or a hub id such as org/name")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or not _HUB_ID.fullmatch(path)
+    if looks_local:
+        return Problem(
+            f"--model {path}: there is no such folder", "give a model's folder, or a hub id such as org/name"
+        )
+    cached = _cached(path)
+    return _read(cached, path) if cached else ModelFacts(path)
+
+
+def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
+    config = folder / "config.json"
+    if not config.is_file():  # a PEFT folder: the base model's facts, the adapter's path
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = model(str(adapter.get("base_model_name_or_path", "")))
+        return base if isinstance(base, Problem) else ModelFacts(path or str(folder), base.config)
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return Problem(f"--model {path or folder}: {config} cannot be read: {error}")
+    if not isinstance(content, dict):
+        return Problem(f"--model {path or folder}: {config} holds no JSON object")
+    return ModelFacts(path or str(folder), content)
+
+
+def _cached(hub_id: str) -> Path | None:
+    home = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
+    repository = Path(home).expanduser() / ("models--" + hub_id.replace("/", "--"))
+    try:
+        commit = (repository / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    folder = repository / "snapshots" / commit
+    return folder if (folder / "config.json").is_file() else None

@@ -1,0 +1,252 @@
+"""Options of components: attrs fields that carry their help, unit and source, and are checked where they are made.
+
+@attrs.frozen(kw_only=True)
+class TemperedConfig:
+    group_size: int = option(8, help="completions per prompt", gt=0)
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+import cattrs
+
+from rlhf.errors import Problem
+
+_KEY = "rlhf"
+
+
+@attrs.frozen
+class OptionInfo:
+    """What the command line and the reference tell of an option."""
+
+    help: str
+    unit: str = ""
+    source: str = ""
+    choices: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        parts = [self.help + (f": {' | '.join(self.choices)}" if self.choices else "")]
+        if self.unit:
+            parts.append(f"[{self.unit}]")
+        if self.source:
+            parts.append(f"({self.source})")
+        return " ".join(parts)
+
+
+def option(
+    default: Any = attrs.NOTHING,
+    *,
+    help: str,
+    unit: str = "",
+    source: str = "",
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Iterable[str] = (),
+) -> Any:
+    """An attrs field of a config class.
+
+    Args:
+        default: the value where the user says nothing; left out, the option is required.
+        help: one line, what it does and when to change it.
+        unit: of the value: "tokens", "nats", "seconds", ...
+        source: where the definition or the default comes from.
+        ge, gt, le, lt: bounds of a number; None passes them.
+        choices: the legal words.
+    """
+    choices = tuple(choices)
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is None:
+            return
+        for bound, holds, sign in (
+            (ge, operator.ge, ">="),
+            (gt, operator.gt, ">"),
+            (le, operator.le, "<="),
+            (lt, operator.lt, "<"),
+        ):
+            if bound is not None and not holds(value, bound):
+                raise ValueError(f"must be {sign} {bound:g}, not {value!r}")
+        if choices and value not in choices:
+            near = nearest(str(value), choices)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}{hint}")
+
+    return attrs.field(
+        default=default, validator=check, metadata={_KEY: OptionInfo(help, unit, source, choices)}, kw_only=True
+    )
+
+
+def info(field: attrs.Attribute[Any]) -> OptionInfo:
+    """The help of a field; a field made without `option` has an empty one."""
+    found: OptionInfo = field.metadata.get(_KEY, OptionInfo(""))
+    return found
+
+
+def fields(config: type) -> dict[str, attrs.Attribute[Any]]:
+    """The option fields of a config class by name, their types resolved."""
+    attrs.resolve_types(config)
+    return {field.name: field for field in attrs.fields(config)}
+
+
+def type_name(kind: Any) -> str:
+    """How a type is written in help and messages: int, float, text, yes/no, list of text, ..."""
+    names = {int: "int", float: "number", str: "text", bool: "true/false"}
+    if kind in names:
+        return names[kind]
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(a) for a in args if a is not type(None))
+    if origin in (tuple, list):
+        return f"list of {type_name(args[0])}"
+    if origin in (dict, Mapping) or kind is dict:
+        return "key=value list"
+    return getattr(kind, "__name__", str(kind))
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """The known name most like `given`, or None when nothing is alike."""
+    lowered = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=0.5)
+    return lowered[found[0]] if found else None
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """Turn what YAML or the command line gave into `kind`, strictly: no silent truncation, no "false" read as true.
+
+    Raises:
+        ValueError: the value is not of that type; says what was expected.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in args and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+            return None
+        reasons = []
+        for arm in (a for a in args if a is not type(None)):
+            try:
+                return convert(value, arm)
+            except ValueError as error:
+                reasons.append(str(error))
+        raise ValueError(reasons[0])
+    if kind is bool:
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, str):
+            try:
+                return int(value)
+            except ValueError:
+                try:
+                    if float(value).is_integer():
+                        return int(float(value))  # 1e3
+                except (ValueError, OverflowError):
+                    pass
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                number = float(value)
+            except ValueError:
+                pass
+            else:
+                if number == number:
+                    return number
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+    elif origin in (tuple, list):
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, list | tuple):
+            return tuple(convert(item.strip() if isinstance(item, str) else item, args[0]) for item in items)
+    elif origin in (dict, Mapping):
+        if isinstance(value, str):
+            pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+            if all(sign for _, sign, _ in pairs):
+                value = {key.strip(): text.strip() for key, _, text in pairs}
+        if isinstance(value, Mapping):
+            return {convert(key, args[0]): convert(item, args[1]) for key, item in value.items()}
+    else:
+        return cattrs.structure(value, kind)
+    raise ValueError(f"must be {type_name(kind)}, not {value!r}")
+
+
+def structure(config: type | None, given: Mapping[str, Any], flag: str) -> tuple[Any, list[Problem]]:
+    """Make a config from what the user gave, with every problem in it.
+
+    Args:
+        config: an attrs class, or None for a component without options.
+        given: option name to raw value.
+        flag: how the option is written on the command line up to its name, such as "--algo." or "--mem.lora.".
+
+    Returns:
+        (the config, []) or (None, problems).
+    """
+    known = fields(config) if config is not None else {}
+    problems, values = [], {}
+    for name, raw in given.items():
+        field = known.get(name.replace("-", "_"))
+        if field is None:
+            near = nearest(name, known)
+            fix = f"did you mean {flag}{near}?" if near else f"its options: {', '.join(known) or 'none'}"
+            problems.append(Problem(f"unknown option {flag}{name}", fix))
+            continue
+        try:
+            values[field.name] = convert(raw, field.type)
+        except ValueError as error:
+            problems.append(Problem(f"{flag}{name} {error}", info(field).text()))
+    for name, field in known.items():
+        if field.default is attrs.NOTHING and name not in values and name not in {n.replace("-", "_") for n in given}:
+            problems.append(Problem(f"{flag}{name} is required", info(field).text()))
+    if problems:
+        return None, problems
+    return _build(config, values, known, flag)
+
+
+def _build(
+    config: Callable[..., Any] | None, values: dict[str, Any], known: Mapping[str, Any], flag: str
+) -> tuple[Any, list[Problem]]:
+    if config is None:
+        return None, []
+    problems = []
+    for name, value in values.items():
+        validator = known[name].validator
+        if validator is not None:
+            try:
+                validator(None, known[name], value)
+            except ValueError as error:
+                problems.append(Problem(f"{flag}{name} {error}", info(known[name]).text()))
+    if problems:
+        return None, problems
+    try:
+        return config(**values), []
+    except (ValueError, TypeError) as error:  # a validator across fields, in __attrs_post_init__
+        return None, [Problem(f"{flag.rstrip('.')}: {error}")]

@@ -1,0 +1,162 @@
+"""Pipelines: stages that are runs, outputs feeding inputs.
+
+    model: org/base                      # keys beside `stages` hold for every stage that doesn't say otherwise
+    stages:
+      sft:    {algo: sft, data: chats.json}
+      reward: {algo: reward, data: pairs.json}
+      ppo:    {algo: ppo, model: "@sft", reward: model, roles: {reward: {model: "@reward"}}, data: prompts.jsonl}
+
+`@STAGE` stands for the model that a stage before it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+
+from rlhf import facts
+from rlhf.checkpoint import write_atomic
+from rlhf.compose import compose
+from rlhf.errors import Interrupted, Problem, RequestError, RunError
+from rlhf.options import nearest
+from rlhf.recipe import from_mapping
+from rlhf.registry import Registry
+from rlhf.rundir import RunDirectory, plain
+
+
+@attrs.frozen
+class Stage:
+    """One run of a pipeline; `@STAGE` still stands in its recipe."""
+
+    name: str
+    recipe: Mapping[str, Any]
+
+
+def stages_of(content: Mapping[str, Any], where: str) -> list[Stage]:
+    """The stages of a parsed pipeline file, in order.
+
+    Raises:
+        RequestError: it is no pipeline, or a stage refers to one that doesn't come before it.
+    """
+    stages = content.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise RequestError(Problem(f"{where}: holds no stages", "stages: {sft: {algo: sft, ...}, ppo: {...}}"))
+    common = {key: value for key, value in content.items() if key != "stages"}
+    problems: list[Problem] = []
+    found: list[Stage] = []
+    for name, recipe in stages.items():
+        if not isinstance(recipe, dict):
+            problems.append(Problem(f"{where}: stage {name}: must be a recipe, not {recipe!r}"))
+            continue
+        before = [stage.name for stage in found]
+        whole = {**common, **recipe}
+        for reference in _references(whole):
+            if reference not in before:
+                near = nearest(reference, before)
+                fix = f"did you mean @{near}?" if near else f"stages before it: {', '.join(before) or 'none'}"
+                problems.append(Problem(f"{where}: stage {name}: no stage {reference!r} comes before it", fix))
+        found.append(Stage(str(name), whole))
+    if problems:
+        raise RequestError(problems)
+    return found
+
+
+def _references(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value[1:]] if value.startswith("@") else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [reference for item in items for reference in _references(item)]
+
+
+def _replaced(value: Any, models: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return models.get(value[1:], value) if value.startswith("@") else value
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, models) for key, item in value.items()}
+    return [_replaced(item, models) for item in value] if isinstance(value, list) else value
+
+
+def check(stages: list[Stage], where: str, registry: Registry) -> None:
+    """Compose every stage before the first one runs; a stage's output stands for by the model it starts from.
+
+    Raises:
+        RequestError: every problem of every stage.
+    """
+    machine = facts.machine()
+    models: dict[str, str] = {}
+    problems: list[Problem] = []
+    for stage in stages:
+        try:
+            plan = compose(from_mapping(_replaced(stage.recipe, models), where), registry, machine)
+            models[stage.name] = plan.roles[0].model.path
+        except RequestError as error:
+            problems += [Problem(f"stage {stage.name}: {problem.what}", problem.fix) for problem in error.problems]
+            models[stage.name] = "@" + stage.name
+    if problems:
+        raise RequestError(problems)
+
+
+def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run the stages, each in a process of its own, so that its memory is given back. Done stages are not redone.
+
+    Returns:
+        Each stage's name with its summary.
+
+    Raises:
+        RequestError: `output` holds another pipeline, or an unfinished stage and no `resume`.
+        RunError: a stage failed.
+        Interrupted: a signal asked to stop; the stage saved a checkpoint.
+    """
+    content = yaml.safe_dump({"stages": {s.name: plain(s.recipe) for s in stages}}, sort_keys=False, allow_unicode=True)
+    kept = output / "pipeline.yaml"
+    if kept.is_file() and kept.read_text(encoding="utf-8") != content:
+        raise RequestError(Problem(f"--output {output}: holds another pipeline", "give another folder"))
+    if not kept.is_file() and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestError(Problem(f"--output {output}: holds something that is no pipeline", "give another folder"))
+    (output / "recipes").mkdir(parents=True, exist_ok=True)
+    write_atomic(kept, content)
+    models = {stage.name: str(output / stage.name) for stage in stages}
+    results = []
+    for number, stage in enumerate(stages, 1):
+        directory = RunDirectory(output / stage.name)
+        summary = directory.summary()
+        if summary and summary.get("status") == "done":
+            say(f"stage {number}/{len(stages)} {stage.name}: done before, not redone")
+        else:
+            say(f"stage {number}/{len(stages)} {stage.name}")
+            recipe = output / "recipes" / f"{stage.name}.yaml"
+            text = yaml.safe_dump(plain(_replaced(stage.recipe, models)), sort_keys=False, allow_unicode=True)
+            write_atomic(recipe, text)
+            _run(stage.name, [str(recipe), "--output", str(directory.path), *(["--resume"] if resume else [])])
+            summary = directory.summary() or {}
+        results.append({"stage": stage.name, **summary})
+        write_atomic(output / "pipeline.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", "run", *arguments])
+
+    def hand_on(number: int, frame: Any) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code == 130:
+        raise Interrupted(f"stage {name}: interrupted; go on with --resume")
+    if code == 2:
+        raise RequestError(f"stage {name} was refused; its message is above")
+    if code != 0:
+        raise RunError(f"stage {name} failed with exit code {code}; mend it and go on with --resume")

@@ -1,0 +1,283 @@
+"""What the user asked for: a YAML file and flags, read strictly. Defaults come later, from the chosen components."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+
+from rlhf.entries import KINDS, MANY
+from rlhf.errors import Problem, RequestError
+from rlhf.options import fields, nearest, option
+
+
+@attrs.frozen(kw_only=True)
+class RunOptions:
+    """What concerns every run, whatever its components. YAML keys, and flags of the same name."""
+
+    max_steps: int | None = option(
+        None, help="end after this many steps, however often they pass over the data; left out, after --epochs", ge=1
+    )
+    epochs: float = option(1.0, help="passes over the data, where --max-steps is left out", gt=0)
+    batch_size: int = option(32, help="rows (offline) or prompts (online) a step, over all ranks", ge=1)
+    micro_batch_tokens: int = option(
+        8192, help="upper bound of one forward, padding included; changes speed and memory, not results", unit="tokens",
+        ge=1,
+    )  # fmt: skip
+    seed: int = option(0, help="of data order, sampling and initialisation", ge=0)
+    save_every: int | None = option(None, help="steps between checkpoints; left out, ten a run", ge=1)
+    keep: int = option(2, help="how many checkpoints to keep; the best one is kept besides", ge=1)
+    eval_every: int | None = option(
+        None, help="steps between evaluations on held-out data; left out, only before and after", ge=1
+    )
+    eval_rows: int = option(128, help="at most so many held-out rows are evaluated; 0 turns evaluation off", ge=0)
+    eval_fraction: float = option(0.05, help="share of --data held out where there is no --eval-data", ge=0, le=0.5)
+    eval_temperature: float | None = option(
+        None, help="of held-out sampling; left out, the engine's own, with seeds that never change", ge=0
+    )
+    nproc: int = option(1, help="processes to start on this machine", ge=1)
+    trust_remote_code: bool = option(False, help="run code that comes with a model; only for models you have read")
+
+
+@attrs.frozen
+class Pick:
+    """One component the user named, with the options given beside it."""
+
+    name: str
+    label: str = ""
+    """Tells two of one sort apart: `--reward model:helpful`."""
+    options: Mapping[str, Any] = attrs.Factory(dict)
+
+    @property
+    def key(self) -> str:
+        """How options address it: the label where there is one."""
+        return self.label or self.name
+
+
+@attrs.frozen
+class RoleRecipe:
+    """What is asked for one role alone."""
+
+    model: str | None = None
+    mem: tuple[Pick, ...] | None = None
+
+
+@attrs.frozen
+class Recipe:
+    """The whole request."""
+
+    picks: Mapping[str, tuple[Pick, ...]] = attrs.Factory(dict)
+    """Kind -> the components named, in the order typed."""
+    options: Mapping[str, Mapping[str, Any]] = attrs.Factory(dict)
+    """`--KIND.FIELD` by kind; for kinds of which there are many, by "kind.component"."""
+    roles: Mapping[str, RoleRecipe] = attrs.Factory(dict)
+    model: str | None = None
+    data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    run: Mapping[str, Any] = attrs.Factory(dict)
+    """Raw run options, as given."""
+
+    def merged(self, over: Recipe) -> Recipe:
+        """This recipe with `over` (the flags) laid on top."""
+        options = {key: {**self.options.get(key, {}), **over.options.get(key, {})}
+                   for key in {*self.options, *over.options}}  # fmt: skip
+        roles = {
+            name: RoleRecipe(
+                (over.roles.get(name) or RoleRecipe()).model or (self.roles.get(name) or RoleRecipe()).model,
+                over.roles[name].mem
+                if name in over.roles and over.roles[name].mem is not None
+                else (self.roles.get(name) or RoleRecipe()).mem,
+            )
+            for name in {*self.roles, *over.roles}
+        }
+        return Recipe(
+            picks={**self.picks, **over.picks},
+            options=options,
+            roles=roles,
+            model=over.model or self.model,
+            data=over.data or self.data,
+            eval_data=over.eval_data or self.eval_data,
+            run={**self.run, **over.run},
+        )
+
+
+_TOP = {*KINDS, "roles", "model", "data", "eval_data"}
+
+
+def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
+    """Read a recipe from parsed YAML. All its keys are checked; options are checked once components are chosen.
+
+    Raises:
+        RequestError: unknown keys (with the nearest), or values of the wrong shape.
+    """
+    problems: list[Problem] = []
+    picks: dict[str, tuple[Pick, ...]] = {}
+    run: dict[str, Any] = {}
+    known_run = fields(RunOptions)
+    for raw_key, value in content.items():
+        key = str(raw_key).replace("-", "_")
+        if key in KINDS:
+            picks[key] = _picks(key, value, where, problems)
+        elif key in known_run:
+            run[key] = value
+        elif key not in _TOP:
+            near = nearest(key, [*_TOP, *known_run])
+            fix = f"did you mean {near!r}?" if near else f"known keys: {', '.join(sorted([*_TOP, *known_run]))}"
+            problems.append(Problem(f"{where}: unknown key {raw_key!r}", fix))
+    recipe = Recipe(
+        picks=picks,
+        roles=_roles(content.get("roles") or {}, where, problems),
+        model=_text(content.get("model"), f"{where}: model", problems),
+        data=_paths(content.get("data"), f"{where}: data", problems),
+        eval_data=_paths(content.get("eval_data", content.get("eval-data")), f"{where}: eval_data", problems),
+        run=run,
+    )
+    if problems:
+        raise RequestError(problems)
+    return recipe
+
+
+def from_file(path: str | Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RequestError: no such file, not YAML, or not a recipe.
+    """
+    return from_mapping(read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        RequestError: no such file, no text, no YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(Problem(f"{path}: there is no such recipe file")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(Problem(f"{path}: cannot be read: {error}")) from error
+    except yaml.YAMLError as error:
+        raise RequestError(Problem(f"{path}: is no YAML: {' '.join(str(error).split())}")) from error
+    if not isinstance(content, dict):
+        raise RequestError(Problem(f"{path}: holds no recipe", "a recipe is a mapping, such as 'algo: ppo'"))
+    return content
+
+
+def _picks(kind: str, value: Any, where: str, problems: list[Problem]) -> tuple[Pick, ...]:
+    items = value if isinstance(value, list) else [value]
+    found: list[Pick] = []
+    for item in items:
+        if isinstance(item, str):
+            found.extend(parse_pick(part) for part in item.split(",") if part.strip())
+        elif isinstance(item, dict) and isinstance(item.get("name"), str):
+            pick = parse_pick(item["name"])
+            label = str(item.get("label", pick.label))
+            options = {str(k): v for k, v in item.items() if k not in ("name", "label")}
+            found.append(Pick(pick.name, label, options))
+        else:
+            what = f"{where}: {kind}: {item!r} names no component"
+            problems.append(Problem(what, f"write '{kind}: NAME' or '{kind}: {{name: NAME, OPTION: VALUE}}'"))
+    if len(found) > 1 and kind not in MANY:
+        problems.append(Problem(f"{where}: {kind} takes one component, not {len(found)}"))
+    return tuple(found)
+
+
+def parse_pick(text: str) -> Pick:
+    """`NAME` or `NAME:LABEL`."""
+    name, _, label = text.strip().partition(":")
+    return Pick(name, label)
+
+
+def _roles(content: Any, where: str, problems: list[Problem]) -> dict[str, RoleRecipe]:
+    if not isinstance(content, dict):
+        problems.append(Problem(f"{where}: roles must map a role to its choices", "roles: {reward: {model: PATH}}"))
+        return {}
+    roles = {}
+    for name, chosen in content.items():
+        if not isinstance(chosen, dict) or set(chosen) - {"model", "mem"}:
+            unknown = ", ".join(sorted(set(chosen) - {"model", "mem"})) if isinstance(chosen, dict) else repr(chosen)
+            problems.append(Problem(f"{where}: roles: {name}: {unknown} is unknown", "a role takes model and mem"))
+            continue
+        roles[str(name)] = RoleRecipe(
+            _text(chosen.get("model"), f"{where}: roles: {name}: model", problems),
+            _picks("mem", chosen["mem"], f"{where}: roles: {name}", problems) if "mem" in chosen else None,
+        )
+    return roles
+
+
+def _text(value: Any, where: str, problems: list[Problem]) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    problems.append(Problem(f"{where} must be text, not {value!r}"))
+    return None
+
+
+def _paths(value: Any, where: str, problems: list[Problem]) -> tuple[str, ...]:
+    items = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in items):
+        problems.append(Problem(f"{where} must be a path or a list of paths, not {value!r}"))
+        return ()
+    return tuple(items)
+
+
+_ROLE_VALUE = re.compile(r"([A-Za-z][\w-]*)=(.+)")
+
+
+def from_flags(
+    flags: Mapping[str, Any], field_options: Sequence[tuple[str, str]], named: Mapping[str, Sequence[str]]
+) -> Recipe:
+    """Make a recipe of what was typed.
+
+    Args:
+        flags: run options given on the command line, by name; and "model", "data", "eval_data".
+        field_options: ("kind.field" or "kind.component.field", value), in the order typed.
+        named: kind -> the values of its flag, in the order typed.
+
+    Raises:
+        RequestError: an option path that can't be meant.
+    """
+    problems: list[Problem] = []
+    picks: dict[str, tuple[Pick, ...]] = {}
+    roles: dict[str, RoleRecipe] = {}
+    for kind, values in named.items():
+        found: list[Pick] = []
+        for value in values:
+            scoped = _ROLE_VALUE.fullmatch(value) if kind == "mem" else None
+            if scoped:
+                role = scoped.group(1)
+                parts = tuple(parse_pick(part) for part in scoped.group(2).split(",") if part.strip())
+                before = roles.get(role, RoleRecipe())
+                roles[role] = attrs.evolve(before, mem=(before.mem or ()) + parts)
+            else:
+                found.extend(parse_pick(part) for part in (value.split(",") if kind in MANY else [value]) if part)
+        if found:
+            picks[kind] = tuple(found)
+    model = None
+    for value in flags.get("model") or ():
+        scoped = _ROLE_VALUE.fullmatch(value)
+        if scoped and not Path(value).exists():
+            roles[scoped.group(1)] = attrs.evolve(roles.get(scoped.group(1), RoleRecipe()), model=scoped.group(2))
+        else:
+            model = value
+    options: dict[str, dict[str, Any]] = {}
+    for path, value in field_options:
+        kind, *rest = path.split(".")
+        if kind in MANY and len(rest) == 2:
+            options.setdefault(f"{kind}.{rest[0]}", {})[rest[1].replace("-", "_")] = value
+        elif kind not in MANY and len(rest) == 1:
+            options.setdefault(kind, {})[rest[0].replace("-", "_")] = value
+        else:
+            form = f"--{kind}.COMPONENT.FIELD" if kind in MANY else f"--{kind}.FIELD"
+            problems.append(Problem(f"--{path} is no option", f"options of this kind read {form}"))
+    if problems:
+        raise RequestError(problems)
+    run = {key: value for key, value in flags.items() if key in fields(RunOptions) and value is not None}
+    return Recipe(
+        picks, options, roles, model, tuple(flags.get("data") or ()), tuple(flags.get("eval_data") or ()), run
+    )

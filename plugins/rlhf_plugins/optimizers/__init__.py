@@ -1,0 +1,41 @@
+"""Optimiser strategies: parameter groups, the optimiser and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+
+from rlhf.api import OptimizerEntry, hookimpl, option
+
+
+@attrs.frozen(kw_only=True)
+class AdamWConfig:
+    """Options of `adamw`."""
+
+    learning_rate: float = option(1e-5, help="peak learning rate; an algorithm may set another default", gt=0)
+    schedule: str = option(
+        "constant", help="of the learning rate after warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup: float = option(0.0, help="share of the steps over which the rate rises linearly from 0", ge=0, lt=1)
+    min_ratio: float = option(0.0, help="what linear and cosine end at, as a share of the peak", ge=0, le=1)
+    weight_decay: float = option(
+        0.0, help="decoupled decay of matrices; biases, norms and other vectors never decay",
+        source="Loshchilov & Hutter 2019", ge=0,
+    )  # fmt: skip
+    beta1: float = option(0.9, help="decay of the mean of gradients", ge=0, lt=1)
+    beta2: float = option(0.999, help="decay of the mean of squared gradients", ge=0, lt=1)
+    eps: float = option(1e-8, help="added to the root of the mean square", gt=0)
+    max_norm: float | None = option(1.0, help="gradients are scaled down to this global norm; none: never", gt=0)
+
+
+@hookimpl
+def rlhf_optimizers() -> Iterable[Any]:
+    yield OptimizerEntry(
+        name="adamw",
+        summary="AdamW with constant, linear or cosine schedule and warm-up",
+        config=AdamWConfig,
+        impl="rlhf_plugins.optimizers.adamw:AdamW",
+        rank=10,
+    )

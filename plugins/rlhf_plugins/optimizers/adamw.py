@@ -1,0 +1,63 @@
+"""AdamW (Loshchilov & Hutter 2019) with the field's usual groups and schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf.api import Context, OptimizerStrategy, TrainedParameter
+from rlhf_plugins.optimizers import AdamWConfig
+
+
+class AdamW(OptimizerStrategy):
+    """One group for each learning rate, with and without decay."""
+
+    config: AdamWConfig
+
+    def __init__(self, config: AdamWConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.max_norm = config.max_norm
+
+    def build(self, parameters: Sequence[TrainedParameter]) -> torch.optim.Optimizer:
+        config = self.config
+        groups: dict[tuple[float, float], list[Any]] = {}
+        for trained in parameters:
+            rate = trained.learning_rate if trained.learning_rate is not None else config.learning_rate
+            decay = config.weight_decay if trained.parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(trained.parameter)
+        return torch.optim.AdamW(
+            [
+                {"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
+                for (rate, decay), members in groups.items()
+            ],
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,  # one pass over memory instead of one for each operation; CPU and CUDA both have it
+        )
+
+    def factor(self, step: int, steps: int) -> float:
+        """Linear warm-up from 1/warm-up steps to 1, then the schedule; the last step comes close to `min_ratio`."""
+        return schedule(self.config.schedule, step, steps, self.config.warmup, self.config.min_ratio)
+
+
+def schedule(name: str, step: int, steps: int, warmup: float, min_ratio: float) -> float:
+    """What the peak rate is multiplied by.
+
+    Args:
+        name: constant, linear or cosine.
+        step: from 0.
+        steps: of the whole run.
+        warmup: share of the steps that rise.
+        min_ratio: where linear and cosine would arrive after the last step.
+    """
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    if name == "constant":
+        return 1.0
+    done = (step - rising) / max(steps - rising, 1)
+    fall = 1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return min_ratio + (1 - min_ratio) * fall

@@ -1,0 +1,182 @@
+"""A loaded transformers model seen as a trunk and its heads, whatever the family, and whatever wraps it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf.api import RunError, Sequences
+from rlhf_plugins.policies.heads import LogitsOf, logit_transform
+from rlhf_plugins.policies.layout import Costs, Grid, lay_out
+
+_NOTE = "rlhf_traits"
+"""Where a model carries what was found out about it: on itself, so that copies and wrappers keep it."""
+
+
+@attrs.frozen
+class Traits:
+    """What was found out about a model when it was loaded."""
+
+    compute: torch.dtype | None
+    """Of matrix products, by autocast."""
+    own_forward: bool
+    """Its logits are not its head's output as `logit_transform` has it, so only its own forward makes them."""
+    shareable: bool
+    """Several responses may stand behind one prompt in a row."""
+
+
+def base_of(module: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a module; adapters stay in it, as they are its layers.
+
+    Raises:
+        RunError: there is none.
+    """
+    inner: Any = module
+    while hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise RunError(f"policy hf can't read a {type(inner).__name__}: it isn't a transformers model")
+    return inner
+
+
+def examine(model: PreTrainedModel, compute: torch.dtype | None, lm: bool) -> None:
+    """Find out and note a model's traits, by trying it on a handful of tokens."""
+    trunk = Trunk(model, Traits(compute, own_forward=False, shareable=False))
+    own_forward = lm and not trunk.head_agrees()
+    trunk.traits = attrs.evolve(trunk.traits, own_forward=own_forward)
+    setattr(model, _NOTE, attrs.evolve(trunk.traits, shareable=trunk.rows_agree()))
+
+
+class Trunk:
+    """Reads hidden states, and says how logits come from them."""
+
+    def __init__(self, module: nn.Module, traits: Traits | None = None) -> None:
+        self.model = base_of(module)
+        if traits is None:
+            if not hasattr(self.model, _NOTE):
+                examine(self.model, None, self.model.get_output_embeddings() is not None)
+            traits = cast(Traits, getattr(self.model, _NOTE))
+        self.traits = traits
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def sharded(self) -> bool:
+        """Parameters are spread over ranks (DeepSpeed ZeRO-3, FSDP), so that each use of one is a collective."""
+        return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in self.model.parameters())
+
+    def prepare(self) -> None:
+        """Dropout off, since ratios and references assume one distribution; only layers that checkpoint their
+        activations are told that they train, for otherwise they don't."""
+        self.model.eval()
+        for layer in self.model.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                layer.training = True
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        compute = self.traits.compute
+        return torch.autocast(self.device.type, dtype=compute, enabled=compute is not None)
+
+    def costs(self) -> Costs:
+        """From the model's shape. A token's matrix products are about 24 D^2 operations a layer, a pair in attention
+        4 D; but attention reaches about a third of the products' speed (measured on CPUs)."""
+        width = int(self.model.config.get_text_config().hidden_size)
+        return Costs(pair=0.5 / width, call=32.0 if self.device.type == "cpu" else 2048.0)
+
+    def read(self, sequences: Sequences, layout: str, last: bool) -> tuple[Tensor, Tensor | None]:
+        """One forward.
+
+        Returns:
+            ([N, D], the state before each response token; with `last` [B, D], the state at each last token, else None)
+        """
+        share = {"auto": None, "shared": True, "padded": False}[layout] if self.traits.shareable else False
+        grids = lay_out(sequences, share=share, single=self.sharded, costs=self.costs())
+        before, ends = [], []
+        for grid in grids:
+            states = self._states(grid).flatten(0, 1)  # [b x T, D]
+            before.append(states[grid.before.to(states.device)])
+            if last:
+                ends.append(states[grid.last.to(states.device)])
+        return _in_order(before, [grid.token for grid in grids]), (
+            _in_order(ends, [grid.sequence for grid in grids]) if last else None
+        )
+
+    def _states(self, grid: Grid) -> Tensor:
+        """[b, T, D]; or, of a model that only its own forward reads, [b, T, V + D]: logits, then states."""
+        arguments = {
+            "input_ids": grid.ids.to(self.device),
+            "position_ids": grid.positions.to(self.device),
+            "attention_mask": None if grid.mask is None else grid.mask.to(self.device),
+            "use_cache": False,
+        }
+        if not self.traits.own_forward:
+            return cast(Tensor, self.model.base_model(**arguments).last_hidden_state)
+        out = self.model(**arguments, output_hidden_states=True)
+        return torch.cat([out.logits, out.hidden_states[-1]], dim=-1)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """The hidden part of what was read, for scalar heads."""
+        return states[:, self.vocabulary :] if self.traits.own_forward else states
+
+    def logits_of(self) -> LogitsOf:
+        """From what was read to logits."""
+        if self.traits.own_forward:
+            return lambda states: states[:, : self.vocabulary]
+        head = self.model.get_output_embeddings()
+        transform = logit_transform(self.model.config.get_text_config())
+        return lambda states: transform(head(states))
+
+    def head_agrees(self) -> bool:
+        """The head on the trunk gives the logits of the model's own forward."""
+        ids = self._probe(8)[None]
+        with torch.no_grad(), self.autocast():
+            own = self.model(input_ids=ids, use_cache=False).logits[0]
+            states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            return _alike(self.logits_of()(states), own)
+
+    def rows_agree(self) -> bool:
+        """Two responses behind one prompt give the states that they give alone."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        if self.model.config._attn_implementation != "sdpa" or kinds != {"full_attention"} or windowed:
+            return False  # other kernels take no such mask, and a window would count the responses between
+        ids = self._probe(9).cpu()
+        pair = Sequences.of([ids[:3]], [ids[3:6], ids[6:9]], prompt_of=[0, 0])
+        shared = Trunk(self.model, attrs.evolve(self.traits, shareable=True))
+        with torch.no_grad(), self.autocast():
+            try:
+                return _alike(shared.read(pair, "shared", False)[0], self.read(pair, "padded", False)[0])
+            except (TypeError, ValueError, RuntimeError):
+                return False  # it takes no mask or positions of ours
+
+    def _probe(self, count: int) -> Tensor:
+        """Some token ids, all over the vocabulary."""
+        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        return torch.linspace(0, rows - 1, count).long().to(self.device)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding: a wrong scale, cap or mask is off by far more than either bound."""
+    bound = 1e-3 if a.dtype == torch.float32 and b.dtype == torch.float32 else 5e-2
+    return bool((a.float() - b.float()).norm() <= bound * b.float().norm())
+
+
+def _in_order(parts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+    """Concatenate parts and put each row in its place."""
+    order = torch.empty(sum(len(place) for place in places), dtype=torch.long)
+    order[torch.cat(list(places))] = torch.arange(len(order))
+    return torch.cat(list(parts))[order.to(parts[0].device)]
