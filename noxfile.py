@@ -29,3 +29,13 @@ def tests(session: nox.Session) -> None:
     """The default suite; a Python that isn't installed is skipped by nox and said so."""
     session.install(*INSTALL)
     session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def third_party(session: nox.Session) -> None:
+    """Strangers' packages, really installed: good ones run by name, broken ones are reported and harm nobody."""
+    session.install(*INSTALL)
+    packages = "tests/third_party"
+    for name in ("rlhf-scored", "rlhf-tempered", "broken/rlhf-broken", "broken/rlhf-squatter", "broken/rlhf-heavy"):
+        session.install("--no-deps", f"{packages}/{name}")
+    session.run("pytest", packages, env={"RLHF_THIRD_PARTY": "installed"})

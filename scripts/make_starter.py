@@ -94,6 +94,7 @@ class ErrorRates(NamedTuple):
 RATES_WITH_CARRY = ErrorRates(right=0.25, carry=0.45, off_by_one=0.30)
 RATES_WITHOUT_CARRY = ErrorRates(right=0.45, carry=0.20, off_by_one=0.35)
 
+
 def has_carry(a: int, b: int) -> bool:
     return a % 10 + b % 10 >= 10
 

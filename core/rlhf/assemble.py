@@ -121,12 +121,12 @@ def _read(plan: Plan, context: Context, convert: Any, say: Say) -> tuple[data.Ro
 
 def _with_columns(plan: Plan) -> Any:
     """Rows must have the columns that rewards cannot do without."""
-    needed = {
-        column: component.key
-        for component in plan.rewards
-        if isinstance(component.entry, RewardEntry)
-        for column in component.entry.columns
-    }
+    needed: dict[str, str] = {}
+    for component in plan.rewards:
+        assert isinstance(component.entry, RewardEntry)
+        columns = component.entry.columns
+        for column in columns(component.config) if callable(columns) else columns:
+            needed[column] = component.key
 
     def check(row: Any) -> Any:
         for column, user in needed.items():

@@ -8,7 +8,7 @@ Where the user names nothing, the highest rank among the legal wins. Nothing her
 from __future__ import annotations
 
 import itertools
-import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from rlhf import facts
-from rlhf.entries import KINDS, AlgorithmEntry, Entry, FormatEntry, MemoryEntry, Role, StarterEntry
+from rlhf.entries import KINDS, MANY, AlgorithmEntry, Constraint, Entry, FormatEntry, MemoryEntry, Role, StarterEntry
 from rlhf.errors import Problem, RequestError
 from rlhf.facts import Machine, ModelFacts
 from rlhf.options import fields, structure
@@ -28,6 +28,7 @@ from rlhf.rows import PromptRow, row_needs
 
 Picks = dict[str, tuple[Pick, ...]]
 _SINGLE = ("policy", "engine", "optim", "backend", "launch")
+_LABEL = re.compile(r"[\w-]+")
 _MOST_DRAFTS = 400
 """Drafts tried before giving up; each takes well under a millisecond."""
 
@@ -41,13 +42,30 @@ def compose(recipe: Recipe, registry: Registry, machine: Machine) -> Plan:
     return _Composer(recipe, registry, machine).solve()
 
 
-def chosen_entries(recipe: Recipe, registry: Registry) -> dict[str, list[Entry]]:
-    """The components that a recipe would use, for `--help`: named ones, and those taken unasked. Raises nothing."""
+def chosen_entries(recipe: Recipe, registry: Registry) -> dict[str, dict[str, Entry]]:
+    """The components that a recipe would use, for `--help`: by kind, what options address them by -> entry. Named
+    ones, even where an option that they need is missing, and those taken unasked.
+
+    Raises:
+        RequestError: one that was named isn't there.
+    """
     composer = _Composer(recipe, registry, facts.machine())
-    for _, draft in composer.drafts(composer.named()):
-        components = [*draft.components] if draft.components else []
-        return {kind: [c.entry for c in components if c.kind == kind] for kind in KINDS}
-    return {}
+    named = composer.named()
+    own = tuple(pick for role in recipe.roles.values() for pick in role.mem or ())
+    found: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+    problems = []
+    picks, draft = next(composer.drafts(named), (named, _Draft()))
+    for kind, chosen in {**named, **picks, "mem": (*picks.get("mem", ()), *own)}.items():
+        for pick in chosen:
+            entry = registry.find(kind, pick.name)
+            if isinstance(entry, Problem):
+                problems.append(entry)
+            else:
+                found[kind][pick.key] = entry
+    if problems:
+        raise RequestError(problems)
+    found["mem"].update({c.key: c.entry for c in draft.components if c.kind == "mem"})
+    return found
 
 
 @attrs.define
@@ -76,30 +94,19 @@ class _Composer:
         return {kind: picks for kind, picks in self.recipe.picks.items() if picks}
 
     def solve(self) -> Plan:
-        unknown: list[Problem] = []
-        named: Picks = {}
-        for kind, picks in self.named().items():
-            kept = []
-            for pick in picks:
-                found = self.registry.find(kind, pick.name)
-                if isinstance(found, Problem):
-                    unknown.append(found)
-                else:
-                    kept.append(pick)
-            if kept:
-                named[kind] = tuple(kept)
+        named = self.named()
         first: _Draft | None = None
         for _, draft in self.drafts(named):
             first = first or draft
-            if draft.plan is not None and not draft.problems and not unknown:
+            if draft.plan is not None and not draft.problems:
                 return draft.plan
-            if draft.request or unknown:  # no other combination mends it
-                first = draft
+            if first.request:  # no other combination mends it
                 break
-        if first is None:
-            raise RequestError(unknown or [Problem("no algorithm is installed", "pip install rlhf-kit again")])
-        suggestion = "" if first.request or unknown else self._nearest(named)
-        raise RequestError([*unknown, *first.problems], suggestion)
+        if first is None:  # without an algorithm nothing else can be judged
+            found = [self.registry.find(kind, pick.name) for kind, picks in named.items() for pick in picks]
+            unknown = [problem for problem in found if isinstance(problem, Problem)]
+            raise RequestError(unknown or Problem("no algorithm is installed", "pip install rlhf-kit again"))
+        raise RequestError(first.problems, "" if first.request else self._nearest(named))
 
     # What to try
 
@@ -111,7 +118,7 @@ class _Composer:
             if not isinstance(entry, AlgorithmEntry):
                 continue
             starter = self._starter(entry)
-            settings = self._settings(entry, starter)
+            settings = self._settings(algo, entry, starter)
             open_choices: list[list[tuple[str, tuple[Pick, ...]]]] = []
             for kind in _SINGLE:
                 if kind == "engine" and "rollouts" not in entry.requires and "engine" not in named:
@@ -135,12 +142,17 @@ class _Composer:
                     "algo": (algo,),
                     "mem": named.get("mem", ()),
                     "reward": named.get("reward", ()) or self._picks_of(settings.get("reward")),
-                    "track": named.get("track", ()) or tuple(self._ranked("track")),
+                    "track": self._trackers(named),
                 }
                 yield full, self._draft(full, fill, entry, starter, settings)
 
     def _ranked(self, kind: str) -> list[Pick]:
         return [Pick(entry.name) for entry in self.registry.entries(kind) if entry.rank > 0]
+
+    def _trackers(self, named: Picks) -> tuple[Pick, ...]:
+        """Those that listen unasked, and the named ones, each once."""
+        asked = {pick.key: pick for pick in named.get("track", ())}
+        return (*(pick for pick in self._ranked("track") if pick.key not in asked), *asked.values())
 
     def _memory(self) -> list[MemoryEntry]:
         return [entry for entry in self.registry.entries("mem") if isinstance(entry, MemoryEntry)]
@@ -169,10 +181,13 @@ class _Composer:
         # One made for this very algorithm goes before one made for all of its kind.
         return max(fitting, key=lambda s: (bool(s.algorithms), s.rank), default=None)
 
-    def _settings(self, entry: AlgorithmEntry, starter: StarterEntry | None) -> dict[str, Any]:
+    def _settings(self, algo: Pick, entry: AlgorithmEntry, starter: StarterEntry | None) -> dict[str, Any]:
         """What stands where the user says nothing: the algorithm's defaults, then the starter's for its own parts."""
         settings = dict(entry.defaults)
-        own_model, own_data = not self.recipe.model, not self.recipe.data
+        config, problems = structure(entry.config, {**algo.options, **self.recipe.options.get("algo", {})}, "--algo.")
+        roles = () if problems else _roles_of(Component(entry, config))
+        left = [role for role in roles if role.start == "model" and not self._asked(role).model]
+        own_model, own_data = not self.recipe.model and bool(left or problems), not self.recipe.data
         if starter is not None:
             for applies, part in (
                 (own_model, starter.with_model),
@@ -182,6 +197,9 @@ class _Composer:
                 if applies:
                     settings.update(part)
         return settings
+
+    def _asked(self, role: Role) -> RoleRecipe:
+        return self.recipe.roles.get(role.name, RoleRecipe())
 
     # One draft
 
@@ -216,9 +234,9 @@ class _Composer:
         roles: list[RolePlan] = []
         if algo is not None:
             roles = self._roles(algo, [c for c in made["reward"] if c], mem, fillers, starter, settings, draft, notes)
-        self._unplaced_options(draft)
+        self._unplaced_options(picks, fill, draft)
         self._kinds_fit(algorithm, picks, draft)
-        data = self._sources(self.recipe.data or ((starter.data,) if starter else ()), settings, draft)
+        data = self._sources("data", self.recipe.data or ((starter.data,) if starter else ()), settings, draft)
         if not data and not self.recipe.data:
             what = f"--data is needed: {algorithm.name} has no data of its own to start from"
             draft.request.append(Problem(what, row_needs(algorithm.data or PromptRow)))
@@ -227,7 +245,7 @@ class _Composer:
             held_out = (starter.eval_data,)
         if starter and not self.recipe.data:
             notes.append(f"data: the starter {starter.name!r}, because no --data was given")
-        eval_data = self._sources(held_out, settings, draft)
+        eval_data = self._sources("eval-data", held_out, settings, draft)
         required = [made[kind][0] if made.get(kind) else None for kind in ("policy", "optim", "backend", "launch")]
         for kind, component in zip(("policy", "optim", "backend", "launch"), required, strict=True):
             if component is None and not draft.request:
@@ -259,7 +277,13 @@ class _Composer:
         if isinstance(entry, Problem):
             draft.request.append(entry)
             return None
-        prefix = f"{kind}.{pick.key}" if kind in ("reward", "mem", "track") else kind
+        if pick.label and (kind not in MANY or not _LABEL.fullmatch(pick.label)):
+            fix = (
+                "a label is of letters, digits, - and _" if kind in MANY else f"only {', '.join(sorted(MANY))} take one"
+            )
+            draft.request.append(Problem(f"--{kind} {pick.name}: the label {pick.label!r} can't be used", fix))
+            return None
+        prefix = f"{kind}.{pick.key}" if kind in MANY else kind
         known = fields(entry.config) if entry.config is not None else {}
         # A default for an option that this component doesn't have means nothing to it; a user's option is checked.
         defaults = {
@@ -276,11 +300,12 @@ class _Composer:
         assert offer is not None
         return Component(entry, config, pick.label, offer.distribution, offer.version)
 
-    def _unplaced_options(self, draft: _Draft) -> None:
-        keys = {f"{c.kind}.{c.key}" for c in draft.components} | {c.kind for c in draft.components} | {"format"}
-        role_mem = {f"mem.{pick.key}" for role in self.recipe.roles.values() for pick in role.mem or ()}
+    def _unplaced_options(self, picks: Picks, fill: tuple[Pick, ...], draft: _Draft) -> None:
+        own = tuple(pick for role in self.recipe.roles.values() for pick in role.mem or ())
+        chosen = {**picks, "mem": (*picks["mem"], *fill, *own)}
+        places = {f"{kind}.{pick.key}" if kind in MANY else kind for kind, named in chosen.items() for pick in named}
         for prefix, options in self.recipe.options.items():
-            if prefix not in keys | role_mem:
+            if prefix not in places | {"format"}:
                 kind, _, name = prefix.partition(".")
                 what = f"--{prefix}.{next(iter(options))}: the run has no --{kind} {name}".rstrip()
                 draft.request.append(Problem(what, f"add --{kind} {name or 'NAME'}, or leave the option out"))
@@ -306,6 +331,7 @@ class _Composer:
             for role in _roles_of(reward):
                 wanted.append(attrs.evolve(role, name=reward.label) if reward.label else role)
         names = [role.name for role in wanted]
+        wanted = _in_order(wanted)
         for name in self.recipe.roles:
             if name not in names:
                 fix = f"its roles: {', '.join(names)}"
@@ -317,13 +343,23 @@ class _Composer:
         models: dict[str, ModelFacts] = {}
         plans: list[RolePlan] = []
         for role in wanted:
-            chosen = self.recipe.roles.get(role.name, RoleRecipe())
+            chosen = self._asked(role)
             found = self._model(role, chosen.model, models, starter, names, draft)
             if found is None:
                 continue
             models[role.name] = found
             own_mem = self._role_mem(role, chosen, mem, fillers, settings, draft)
-            plans.append(self._placed(role, found, own_mem, chosen, plans, notes))
+            plans.append(self._placed(role, found, own_mem, mem, draft, plans, notes))
+        if len(plans) < len(wanted):
+            if not draft.request:
+                draft.request.append(Problem(f"{algo.name}: its roles {', '.join(names)} start from one another"))
+            return plans
+        used = [component for plan in plans for component in plan.mem]
+        for component in mem:
+            if component not in used:
+                fits = any(_applies(component, role) for role in wanted)
+                why = "every role it is for has a choice of its own" if fits else f"it is for other roles than {names}"
+                draft.combination.append(Problem(f"--mem {component.key} would do nothing: {why}", "leave it out"))
         return plans
 
     def _model(
@@ -366,11 +402,18 @@ class _Composer:
         return tuple(sorted({component.key: component for component in own}.values(), key=phase_order))
 
     def _placed(
-        self, role: Role, model: ModelFacts, mem: tuple[Component, ...], chosen: RoleRecipe, plans: list[RolePlan],
-        notes: list[str],
+        self, role: Role, model: ModelFacts, mem: tuple[Component, ...], named: list[Component], draft: _Draft,
+        plans: list[RolePlan], notes: list[str],
     ) -> RolePlan:  # fmt: skip
+        chosen = self._asked(role)
         for other in plans:
             if role.shares == other.name:
+                if chosen != RoleRecipe():
+                    what = f"role {role.name} is a head on {other.name}'s trunk: it has no model or --mem of its own"
+                    draft.request.append(Problem(what, f"choose for {other.name}"))
+                if role.trainable != other.role.trainable:
+                    what = f"role {role.name} is a head on {other.name}'s trunk, and only one of the two is trained"
+                    draft.request.append(Problem(what))
                 return RolePlan(role, model, other.mem, other.module, "trunk")
             if (
                 role.start == other.name
@@ -379,12 +422,18 @@ class _Composer:
                 and role.head == other.role.head
                 and chosen == RoleRecipe()
                 and "adapters" in other.provides()
+                # What was said for every role holds for this one too: it can't borrow a module that lacks it.
+                and all(component in other.mem for component in named if _applies(component, role))
             ):
                 notes.append(f"role {role.name}: {other.name} with its adapters off, so it costs no memory")
                 return RolePlan(role, model, other.mem, other.module, "adapters-off")
+        if role.shares is not None:
+            draft.request.append(Problem(f"role {role.name} is a head on a role {role.shares!r} that is not there"))
         return RolePlan(role, model, mem, role.name)
 
-    def _sources(self, paths: Iterable[str], settings: Mapping[str, Any], draft: _Draft) -> tuple[DataSource, ...]:
+    def _sources(
+        self, flag: str, paths: Iterable[str], settings: Mapping[str, Any], draft: _Draft
+    ) -> tuple[DataSource, ...]:
         sources = []
         formats = [entry for entry in self.registry.entries("format") if isinstance(entry, FormatEntry)]
         picked = self.recipe.picks.get("format", ())
@@ -392,8 +441,9 @@ class _Composer:
             place = Path(path).expanduser()
             claim = "/" if place.is_dir() else place.name.lower()
             if not place.exists():
-                if (os.sep in path and (path.startswith((".", "/", "~")) or path.count("/") > 1)) or place.suffix:
-                    draft.request.append(Problem(f"--data {path}: there is no such file"))
+                known = tuple(suffix for entry in formats for suffix in entry.suffixes if suffix.startswith("."))
+                if path.startswith((".", "/", "~")) or path.count("/") > 1 or claim.endswith(known):
+                    draft.request.append(Problem(f"--{flag} {path}: there is no such file"))
                     continue
                 claim = "hub:"
             if picked:
@@ -402,27 +452,39 @@ class _Composer:
                 fitting = [entry for entry in formats if claim.endswith(tuple(entry.suffixes) or ("\0",))]
                 if not fitting:
                     known = ", ".join(f"{e.name} ({' '.join(e.suffixes)})" for e in formats)
-                    draft.request.append(Problem(f"--data {path}: no format claims it", f"--format NAME, of: {known}"))
+                    draft.request.append(
+                        Problem(f"--{flag} {path}: no format claims it", f"--format NAME, of: {known}")
+                    )
                     continue
                 pick = Pick(fitting[0].name)
             component = self._component("format", pick, settings, draft)
             if component is not None:
-                sources.append(DataSource(path, component))
+                # Absolute, as a run may be resumed from elsewhere.
+                sources.append(DataSource(str(place.absolute()) if place.exists() else path, component))
         return tuple(sources)
 
     # The nearest legal combination
 
     def _nearest(self, named: Picks) -> str:
-        """The fewest changes to what was named that make it legal, as a command line; empty when none is near."""
+        """The fewest changes to what was named that make it legal, as a command line; empty when none is near. Options
+        of what goes away go with it."""
         budget = itertools.count()
         single = list(self._edits(named))
         pairs = (second for first in single for second in self._edits(first))
         for candidate in itertools.chain(single, pairs):
-            for _, draft in self.drafts(candidate):
+            gone = {
+                f"{kind}.{pick.key}" if kind in MANY else kind
+                for kind, picks in named.items()
+                for pick in picks
+                if pick not in candidate.get(kind, ())
+            }
+            kept = {prefix: options for prefix, options in self.recipe.options.items() if prefix not in gone}
+            other = attrs.evolve(self, recipe=attrs.evolve(self.recipe, picks=candidate, options=kept))
+            for _, draft in other.drafts(candidate):
                 if next(budget) > _MOST_DRAFTS:
                     return ""
                 if draft.plan is not None and not draft.problems:
-                    return _command(candidate)
+                    return _command(other.recipe)
                 if draft.request:
                     break
         return ""
@@ -455,6 +517,19 @@ def _roles_of(component: Component) -> tuple[Role, ...]:
     return roles(component.config) if callable(roles) else roles
 
 
+def _in_order(roles: list[Role]) -> list[Role]:
+    """Each role after the one it starts from or shares with, else as declared. A circle is left as it is."""
+    names = {role.name for role in roles}
+    waiting, placed = list(roles), list[Role]()
+    while waiting:
+        done = {role.name for role in placed} | {"model", "given"}
+        ready = [role for role in waiting if {role.start, role.shares or role.start} & names <= done]
+        taken = (ready or waiting)[0]
+        waiting.remove(taken)
+        placed.append(taken)
+    return placed
+
+
 def _memory_entry(component: Component) -> MemoryEntry:
     assert isinstance(component.entry, MemoryEntry)
     return component.entry
@@ -473,7 +548,7 @@ def _combination_problems(plan: Plan, registry: Registry) -> list[Problem]:
     for component in shared:
         others = plan.machine.provides.union(*(c.entry.provides for c in plan.components() if c is not component))
         problems += _capabilities(component, plan.provides(), others, registry)
-    for role in plan.roles:
+    for role in (role for role in plan.roles if role.view == "own"):
         for component in role.mem:
             beside = everywhere.union(*(c.entry.provides for c in role.mem if c is not component))
             problems += _capabilities(component, everywhere | role.provides(), beside, registry, f" (role {role.name})")
@@ -486,11 +561,21 @@ def _combination_problems(plan: Plan, registry: Registry) -> list[Problem]:
     seen: set[str] = set()
     for component in plan.components():
         for constraint in component.entry.constraints:
-            for problem in constraint(plan, component):
+            for problem in _asked_of(constraint, plan, component):
                 if str(problem) not in seen:
                     seen.add(str(problem))
                     problems.append(problem)
     return problems
+
+
+def _asked_of(constraint: Constraint, plan: Plan, component: Component) -> list[Problem]:
+    try:
+        return list(constraint(plan, component))
+    except Exception as error:  # a plugin's fault must not take down a run that may not even use it
+        what = (
+            f"--{component.kind} {component.key} (from {component.distribution} {component.version}): its check failed"
+        )
+        return [Problem(f"{what}: {type(error).__name__}: {error}", "leave it out, and tell its author")]
 
 
 def _capabilities(
@@ -510,9 +595,37 @@ def _capabilities(
     return problems
 
 
-def _command(picks: Picks) -> str:
+def _command(recipe: Recipe) -> str:
+    """The recipe as a command line, to be pasted."""
+
+    def typed(pick: Pick) -> str:
+        return f"{pick.name}:{pick.label}" if pick.label else pick.name
+
     words = ["rlhf", "run"]
+    options = dict(recipe.options)
     for kind in KINDS:
-        for pick in picks.get(kind, ()):
-            words += [f"--{kind}", f"{pick.name}:{pick.label}" if pick.label else pick.name]
+        for pick in recipe.picks.get(kind, ()):
+            words += [f"--{kind}", typed(pick)]
+            prefix = f"{kind}.{pick.key}" if kind in MANY else kind
+            options[prefix] = {**pick.options, **options.get(prefix, {})}
+    for name, role in recipe.roles.items():
+        words += ["--model", f"{name}={role.model}"] if role.model else []
+        words += ["--mem", f"{name}={','.join(map(typed, role.mem))}"] if role.mem else []
+    words += ["--model", recipe.model] if recipe.model else []
+    for flag, paths in (("--data", recipe.data), ("--eval-data", recipe.eval_data)):
+        words += [word for path in paths for word in (flag, path)]
+    for prefix, given in options.items():
+        words += [f"--{prefix}.{name.replace('_', '-')}={_typed(value)}" for name, value in given.items()]
+    for name, value in recipe.run.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)] if value not in (None, False) else []
     return shlex.join(words)
+
+
+def _typed(value: Any) -> str:
+    """An option's value as it is typed."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_typed(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ",".join(map(_typed, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -118,8 +118,8 @@ class RewardEntry(Entry):
     """Judges rollouts. Several add up with weights."""
 
     kind: ClassVar[str] = "reward"
-    columns: tuple[str, ...] = ()
-    """Columns of the prompt rows that it cannot do without."""
+    columns: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    """Columns of the prompt rows that it cannot do without, or a function from its config to them."""
 
 
 @attrs.frozen(kw_only=True)

@@ -136,7 +136,8 @@ def model(path: str, role: str = "") -> ModelFacts | Problem:
 
     A folder that is a run or holds one model per role is resolved to the one for `role`.
     """
-    folder = Path(path).expanduser()
+    # Absolute: what looks like a hub id must not be asked of the hub, and a resumed run may start elsewhere.
+    folder = Path(path).expanduser().absolute()
     if folder.is_dir():
         for place in (
             (folder / role, folder / "model" / role, folder, folder / "model")
@@ -148,10 +149,11 @@ def model(path: str, role: str = "") -> ModelFacts | Problem:
         ):
             if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
                 return _read(place)
-        inner = sorted([*folder.glob("*/config.json"), *folder.glob("model/*/config.json")])
+        names = ("config.json", "adapter_config.json")
+        inner = sorted({p.parent for name in names for at in ("*/", "model/*/") for p in folder.glob(at + name)})
         if len(inner) == 1:  # a run that trained a single role of another name
-            return _read(inner[0].parent)
-        parts = [p.parent.name for p in inner]
+            return _read(inner[0])
+        parts = [place.name for place in inner]
         fix = f"it holds these, one a role: {', '.join(parts)}" if parts else "a model folder has a config.json"
         return Problem(f"--model {path}: the folder holds no model", fix)
     if folder.exists():
@@ -166,18 +168,31 @@ def model(path: str, role: str = "") -> ModelFacts | Problem:
 
 
 def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
+    path = path or str(folder)
     config = folder / "config.json"
-    if not config.is_file():  # a PEFT folder: the base model's facts, the adapter's path
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = model(str(adapter.get("base_model_name_or_path", "")))
-        return base if isinstance(base, Problem) else ModelFacts(path or str(folder), base.config)
+    if config.is_file():
+        content = _json_object(config, path)
+        return content if isinstance(content, Problem) else ModelFacts(path, content)
+    adapter = _json_object(folder / "adapter_config.json", path)  # a PEFT folder: the base's facts, the adapter's path
+    if isinstance(adapter, Problem):
+        return adapter
+    named = adapter.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named or Path(named).expanduser().absolute() == folder.absolute():
+        what = f"--model {path}: is an adapter that names no base model"
+        return Problem(what, f"set base_model_name_or_path in {folder / 'adapter_config.json'}")
+    base = model(named)
+    if isinstance(base, Problem):
+        what = f"--model {path}: is an adapter of {named}, which can't be read: {base.what.partition(': ')[2]}"
+        return Problem(what, f"set base_model_name_or_path in {folder / 'adapter_config.json'}")
+    return ModelFacts(path, base.config)
+
+
+def _json_object(file: Path, path: str) -> dict[str, Any] | Problem:
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return Problem(f"--model {path or folder}: {config} cannot be read: {error}")
-    if not isinstance(content, dict):
-        return Problem(f"--model {path or folder}: {config} holds no JSON object")
-    return ModelFacts(path or str(folder), content)
+        return Problem(f"--model {path}: {file} cannot be read: {error}")
+    return content if isinstance(content, dict) else Problem(f"--model {path}: {file} holds no JSON object")
 
 
 def _cached(hub_id: str) -> Path | None:

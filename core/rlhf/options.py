@@ -8,6 +8,7 @@ class TemperedConfig:
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import types
 import typing
@@ -60,7 +61,7 @@ def option(
         unit: of the value: "tokens", "nats", "seconds", ...
         source: where the definition or the default comes from.
         ge, gt, le, lt: bounds of a number; None passes them.
-        choices: the legal words.
+        choices: the legal words; of a list, for each of its items.
     """
     choices = tuple(choices)
 
@@ -75,10 +76,11 @@ def option(
         ):
             if bound is not None and not holds(value, bound):
                 raise ValueError(f"must be {sign} {bound:g}, not {value!r}")
-        if choices and value not in choices:
-            near = nearest(str(value), choices)
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}{hint}")
+        for word in value if isinstance(value, tuple) else (value,):
+            if choices and word not in choices:
+                near = nearest(str(word), choices)
+                hint = f"; did you mean {near!r}?" if near else ""
+                raise ValueError(f"must be one of {', '.join(choices)}, not {word!r}{hint}")
 
     return attrs.field(
         default=default, validator=check, metadata={_KEY: OptionInfo(help, unit, source, choices)}, kw_only=True
@@ -105,6 +107,8 @@ def type_name(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(a) for a in args if a is not type(None))
+    if origin is tuple and Ellipsis not in args:
+        return ",".join(type_name(arg) for arg in args)
     if origin in (tuple, list):
         return f"list of {type_name(args[0])}"
     if origin in (dict, Mapping) or kind is dict:
@@ -168,15 +172,13 @@ def convert(value: Any, kind: Any) -> Any:
                 except (ValueError, OverflowError):
                     pass
     elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
                 number = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
             else:
-                if number == number:
+                if math.isfinite(number):  # "no bound" is said with none; infinity and NaN pass every comparison
                     return number
     elif kind is str:
         if isinstance(value, str):
@@ -184,9 +186,13 @@ def convert(value: Any, kind: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
     elif origin in (tuple, list):
-        items = value.split(",") if isinstance(value, str) else value
-        if isinstance(items, list | tuple):
-            return tuple(convert(item.strip() if isinstance(item, str) else item, args[0]) for item in items)
+        # Blanks around the commas of a command line mean nothing; those of a YAML list, and line breaks, are meant.
+        items = [item.strip(" ") for item in value.split(",") if value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and origin is tuple and Ellipsis not in args:
+            if len(items) == len(args):
+                return tuple(convert(item, arg) for item, arg in zip(items, args, strict=True))
+        elif isinstance(items, list | tuple):
+            return tuple(convert(item, args[0]) for item in items)
     elif origin in (dict, Mapping):
         if isinstance(value, str):
             pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
@@ -195,7 +201,10 @@ def convert(value: Any, kind: Any) -> Any:
         if isinstance(value, Mapping):
             return {convert(key, args[0]): convert(item, args[1]) for key, item in value.items()}
     else:
-        return cattrs.structure(value, kind)
+        try:
+            return cattrs.structure(value, kind)
+        except Exception as error:  # cattrs raises many kinds, and a plugin's own hook any
+            raise ValueError(f"must be {type_name(kind)}, not {value!r}: {error}") from error
     raise ValueError(f"must be {type_name(kind)}, not {value!r}")
 
 
@@ -242,7 +251,7 @@ def _build(
         if validator is not None:
             try:
                 validator(None, known[name], value)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 problems.append(Problem(f"{flag}{name} {error}", info(known[name]).text()))
     if problems:
         return None, problems

@@ -120,12 +120,11 @@ class Plan:
 
     @property
     def mem(self) -> tuple[Component, ...]:
-        """Every memory strategy in use, once, in the order they act."""
-        seen: dict[str, Component] = {}
+        """Every memory strategy in use, once, in the order they act; two roles' with different options are two."""
+        seen: list[Component] = []
         for role in self.roles:
-            for component in role.mem:
-                seen.setdefault(component.name, component)
-        return tuple(sorted(seen.values(), key=phase_order))
+            seen += [component for component in role.mem if component not in seen]
+        return tuple(sorted(seen, key=phase_order))
 
     def components(self) -> Iterator[Component]:
         """Every chosen component, formats included."""
@@ -181,15 +180,26 @@ class Plan:
         }
 
     def to_recipe(self) -> dict[str, Any]:
-        """The recipe as resolved, enough to repeat the run: every option written out, whoever chose it."""
+        """The recipe as resolved, enough to repeat the run: every option written out, whoever chose it. Plain data."""
 
         def pick(component: Component) -> dict[str, Any]:
-            options = cattrs.unstructure(component.config) if component.config is not None else {}
+            written = component.to_json()
             label = {"label": component.label} if component.label else {}
-            plain = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-            return {"name": component.name, **label, **plain}
+            return {"name": component.name, **label, **written["options"]}
 
-        formats = {source.format.name: source.format for source in self.data}
+        formats = {source.format.name: pick(source.format) for source in (*self.data, *self.eval_data)}
+        # Where files are of several formats, each is found by its name again; what was said holds for all of them.
+        form = {
+            key: value
+            for key, value in next(iter(formats.values()), {}).items()
+            if all(key in other and other[key] == value for other in formats.values())
+        }
+        paths = {role.name: role.model.path for role in self.roles if role.name not in ("model", "given")}
+        models = {  # where a role starts as another does, nothing is written: it would be looked up in its own name
+            role.name: {"model": role.model.path} if role.model.path != paths.get(role.role.start) else {}
+            for role in self.roles
+        }
+        shared = [role.model.path for role in self.roles if role.view != "own" and role.role.start == "model"]
         recipe: dict[str, Any] = {
             "algo": pick(self.algo),
             "policy": pick(self.policy),
@@ -199,10 +209,11 @@ class Plan:
             "backend": pick(self.backend),
             "launch": pick(self.launch),
             "track": [pick(component) for component in self.trackers],
-            "mem": [pick(component) for component in self.mem],
-            **({"format": pick(next(iter(formats.values())))} if len(formats) == 1 else {}),
+            **({"format": form} if form else {}),
+            **({"model": shared[0]} if shared else {}),
+            # Memory strategies are written by role alone: said for all, they would fill what a role leaves open.
             "roles": {
-                role.name: {"model": role.model.path, "mem": [pick(component) for component in role.mem]}
+                role.name: {**models[role.name], "mem": [pick(component) for component in role.mem]}
                 for role in self.roles
                 if role.view == "own"  # another view follows from these, and a choice of its own would undo it
             },
@@ -210,7 +221,16 @@ class Plan:
             "eval_data": [source.path for source in self.eval_data],
             **attrs.asdict(self.run),
         }
-        return recipe
+        return _plain(recipe)
+
+
+def _plain(value: Any) -> Any:
+    """Only what YAML and JSON know: no tuples, no subclasses."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | frozenset):
+        return [_plain(item) for item in value]
+    return value
 
 
 def phase_order(component: Component) -> tuple[int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +82,21 @@ class Recipe:
     """Raw run options, as given."""
 
     def merged(self, over: Recipe) -> Recipe:
-        """This recipe with `over` (the flags) laid on top."""
+        """This recipe with `over` (the flags) laid on top. A component named in both keeps its options from here."""
+        picks = {kind: _laid_over(self.picks.get(kind, ()), named) for kind, named in over.picks.items()}
         options = {key: {**self.options.get(key, {}), **over.options.get(key, {})}
                    for key in {*self.options, *over.options}}  # fmt: skip
         roles = {
             name: RoleRecipe(
                 (over.roles.get(name) or RoleRecipe()).model or (self.roles.get(name) or RoleRecipe()).model,
-                over.roles[name].mem
+                _laid_over((self.roles.get(name) or RoleRecipe()).mem or (), over.roles[name].mem or ())
                 if name in over.roles and over.roles[name].mem is not None
                 else (self.roles.get(name) or RoleRecipe()).mem,
             )
             for name in {*self.roles, *over.roles}
         }
         return Recipe(
-            picks={**self.picks, **over.picks},
+            picks={**self.picks, **picks},
             options=options,
             roles=roles,
             model=over.model or self.model,
@@ -103,6 +104,11 @@ class Recipe:
             eval_data=over.eval_data or self.eval_data,
             run={**self.run, **over.run},
         )
+
+
+def _laid_over(below: Iterable[Pick], above: Iterable[Pick]) -> tuple[Pick, ...]:
+    given = {(pick.name, pick.label): pick.options for pick in below}
+    return tuple(attrs.evolve(p, options={**given.get((p.name, p.label), {}), **p.options}) for p in above)
 
 
 _TOP = {*KINDS, "roles", "model", "data", "eval_data"}
@@ -116,11 +122,14 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
     """
     problems: list[Problem] = []
     picks: dict[str, tuple[Pick, ...]] = {}
+    options: dict[str, Mapping[str, Any]] = {}
     run: dict[str, Any] = {}
     known_run = fields(RunOptions)
     for raw_key, value in content.items():
         key = str(raw_key).replace("-", "_")
-        if key in KINDS:
+        if key in KINDS and key not in MANY and isinstance(value, dict) and "name" not in value:
+            options[key] = {str(name).replace("-", "_"): given for name, given in value.items()}
+        elif key in KINDS:
             picks[key] = _picks(key, value, where, problems)
         elif key in known_run:
             run[key] = value
@@ -130,6 +139,7 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
             problems.append(Problem(f"{where}: unknown key {raw_key!r}", fix))
     recipe = Recipe(
         picks=picks,
+        options=options,
         roles=_roles(content.get("roles") or {}, where, problems),
         model=_text(content.get("model"), f"{where}: model", problems),
         data=_paths(content.get("data"), f"{where}: data", problems),
@@ -226,17 +236,17 @@ def _paths(value: Any, where: str, problems: list[Problem]) -> tuple[str, ...]:
     return tuple(items)
 
 
-_ROLE_VALUE = re.compile(r"([A-Za-z][\w-]*)=(.+)")
+_ROLE_VALUE = re.compile(r"([\w-]+)=(.+)")
 
 
 def from_flags(
-    flags: Mapping[str, Any], field_options: Sequence[tuple[str, str]], named: Mapping[str, Sequence[str]]
+    flags: Mapping[str, Any], field_options: Sequence[tuple[str, Any]], named: Mapping[str, Sequence[str]]
 ) -> Recipe:
     """Make a recipe of what was typed.
 
     Args:
         flags: run options given on the command line, by name; and "model", "data", "eval_data".
-        field_options: ("kind.field" or "kind.component.field", value), in the order typed.
+        field_options: ("kind.field" or "kind.component.field", value), in the order typed; True where none was.
         named: kind -> the values of its flag, in the order typed.
 
     Raises:
@@ -254,24 +264,31 @@ def from_flags(
                 parts = tuple(parse_pick(part) for part in scoped.group(2).split(",") if part.strip())
                 before = roles.get(role, RoleRecipe())
                 roles[role] = attrs.evolve(before, mem=(before.mem or ()) + parts)
+            elif kind == "mem" and "=" in value:
+                problems.append(
+                    Problem(f"--mem {value} can't be read", "--mem NAME,NAME, and apart from it --mem ROLE=NAME,NAME")
+                )
             else:
                 found.extend(parse_pick(part) for part in (value.split(",") if kind in MANY else [value]) if part)
         if found:
             picks[kind] = tuple(found)
-    model = None
+    models: list[str] = []
     for value in flags.get("model") or ():
         scoped = _ROLE_VALUE.fullmatch(value)
         if scoped and not Path(value).exists():
             roles[scoped.group(1)] = attrs.evolve(roles.get(scoped.group(1), RoleRecipe()), model=scoped.group(2))
         else:
-            model = value
+            models.append(value)
+    if len(models) > 1:
+        problems.append(
+            Problem(f"--model is given twice: {', '.join(models)}", "for one role alone: --model ROLE=PATH")
+        )
     options: dict[str, dict[str, Any]] = {}
     for path, value in field_options:
-        kind, *rest = path.split(".")
-        if kind in MANY and len(rest) == 2:
-            options.setdefault(f"{kind}.{rest[0]}", {})[rest[1].replace("-", "_")] = value
-        elif kind not in MANY and len(rest) == 1:
-            options.setdefault(kind, {})[rest[0].replace("-", "_")] = value
+        kind, _, rest = path.partition(".")
+        component, _, name = rest.rpartition(".")  # a component's name may hold dots
+        if name and bool(component) == (kind in MANY):
+            options.setdefault(f"{kind}.{component}" if component else kind, {})[name.replace("-", "_")] = value
         else:
             form = f"--{kind}.COMPONENT.FIELD" if kind in MANY else f"--{kind}.FIELD"
             problems.append(Problem(f"--{path} is no option", f"options of this kind read {form}"))
@@ -279,5 +296,11 @@ def from_flags(
         raise RequestError(problems)
     run = {key: value for key, value in flags.items() if key in fields(RunOptions) and value is not None}
     return Recipe(
-        picks, options, roles, model, tuple(flags.get("data") or ()), tuple(flags.get("eval_data") or ()), run
+        picks,
+        options,
+        roles,
+        models[0] if models else None,
+        tuple(flags.get("data") or ()),
+        tuple(flags.get("eval_data") or ()),
+        run,
     )

@@ -18,7 +18,7 @@ from rlhf import API_VERSION
 from rlhf.entries import KINDS, Entry, StarterEntry
 from rlhf.errors import Problem, RequestError
 from rlhf.hooks import GROUP, HOOK_OF_KIND, Hooks
-from rlhf.options import nearest
+from rlhf.options import fields, nearest
 
 _NAME = re.compile(r"[a-z0-9]+([-+._][a-z0-9]+)*\+*")
 _HEAVY = ("torch", "transformers", "vllm", "deepspeed")
@@ -117,7 +117,7 @@ class Registry:
 def _present(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+    except Exception:  # of a dotted name the parents are imported, and may break in any way
         return False
 
 
@@ -130,21 +130,36 @@ def _check(entry: Entry) -> str:
         return f"impl must read 'module:Class', not {entry.impl!r}"
     if entry.config is not None and not attrs.has(entry.config):
         return f"config must be an attrs class, not {entry.config!r}"
+    if not isinstance(entry.rank, int):
+        return f"rank must be an int, not {entry.rank!r}"
+    try:
+        names = fields(entry.config) if entry.config is not None else {}
+    except Exception as error:  # an annotation that can't be resolved
+        return f"the types of {entry.config.__name__} can't be read: {type(error).__name__}: {error}"
+    reserved = sorted({"name", "label"} & set(names))
+    if reserved:
+        return f"an option can't be called {' or '.join(reserved)}: in a recipe that says which component it is"
     return ""
 
 
-def _distributions() -> Iterator[tuple[importlib.metadata.EntryPoint, str, str]]:
+def _distributions(registry: Registry) -> Iterator[tuple[importlib.metadata.EntryPoint, str, str]]:
     """Every entry point of the group with its distribution; one distribution found twice on the path counts once."""
     seen = set()
     for distribution in importlib.metadata.distributions():
-        points = [point for point in distribution.entry_points if point.group == GROUP]
-        if not points:  # asked first: a name costs the parsing of METADATA
+        try:
+            points = [point for point in distribution.entry_points if point.group == GROUP]
+            if not points:  # asked first: a name costs the parsing of METADATA
+                continue
+            name, version = distribution.name or "an unnamed distribution", distribution.version or "?"
+        except Exception as error:  # a file of it is damaged; ours to report only if it speaks of our group
+            if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
+                where = _Source("?", str(getattr(distribution, "_path", "an unreadable distribution")), "?")
+                registry.fail(where, f"its metadata can't be read: {type(error).__name__}: {error}")
             continue
-        name = distribution.name or "an unnamed distribution"
         if name not in seen:
             seen.add(name)
             for point in points:
-                yield point, name, distribution.version
+                yield point, name, version
 
 
 def load() -> Registry:
@@ -152,7 +167,7 @@ def load() -> Registry:
     registry = Registry()
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(Hooks)
-    points = sorted(_distributions(), key=lambda found: (found[1] != "rlhf-kit", found[1], found[0].name))
+    points = sorted(_distributions(registry), key=lambda found: (found[1] != "rlhf-kit", found[1], found[0].name))
     taken: dict[str, _Source] = {}
     for point, distribution, version in points:
         source = _Source(point.name, distribution, version)
@@ -196,12 +211,18 @@ def _collect(registry: Registry, manager: pluggy.PluginManager, plugin: Any, sou
             for entry in _call(registry, plugin, hook, source):
                 if not isinstance(entry, KINDS[kind]):
                     registry.fail(source, f"{hook} yields {KINDS[kind].__name__}, not {type(entry).__name__}")
-                else:
+                    continue
+                try:
                     registry.add(entry, source)
+                except Exception as error:  # fields of wrong types
+                    reason = f"{hook}: the entry {entry.name!r} is malformed: {type(error).__name__}: {error}"
+                    registry.fail(source, reason)
     if "rlhf_starters" in names:
-        registry.starters.extend(
-            entry for entry in _call(registry, plugin, "rlhf_starters", source) if isinstance(entry, StarterEntry)
-        )
+        for entry in _call(registry, plugin, "rlhf_starters", source):
+            if isinstance(entry, StarterEntry):
+                registry.starters.append(entry)
+            else:
+                registry.fail(source, f"rlhf_starters yields StarterEntry, not {type(entry).__name__}")
 
 
 def _call(registry: Registry, plugin: Any, hook: str, source: _Source) -> list[Any]:

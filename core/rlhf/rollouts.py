@@ -158,9 +158,10 @@ class Sampler:
 
 def describe(rollouts: Rollouts) -> dict[str, Tensor]:
     """The numbers of rollouts that are reported as means: name -> float [B]."""
+    parts = rollouts.reward_parts
     return {
         "reward/mean": rollouts.rewards,
-        **{f"reward/{name}": part for name, part in rollouts.reward_parts.items()},
+        **({f"reward/{name}": part for name, part in parts.items()} if len(parts) > 1 else {}),
         "response/length": rollouts.lengths.float(),
         "response/ended": rollouts.ended.float(),
     }

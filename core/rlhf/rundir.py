@@ -127,7 +127,7 @@ class RunDirectory:
             if not path.is_file():
                 continue
             kept = []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
@@ -142,7 +142,8 @@ class RunDirectory:
         partial.rename(self.model)
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        # What UTF-8 can't hold, such as half a surrogate pair, becomes the JSON escape that it is.
+        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:

@@ -74,6 +74,6 @@ def _line(result: dict[str, Any]) -> str:
     scores = ", ".join(f"{k} {before[k]:.4g} -> {after[k]:.4g}" for k in before if k in after)
     memory = result.get("peak_rss_bytes", 0) / 1e9
     return (
-        f"{result['stage']}: {result.get('status')}, {result.get('steps')} steps, {result.get('wall_seconds', 0):.0f} s, "
-        f"{memory:.2f} GB; held out: {scores or 'nothing'}"
+        f"{result['stage']}: {result.get('status')}, {result.get('steps')} steps, "
+        f"{result.get('wall_seconds', 0):.0f} s, {memory:.2f} GB; held out: {scores or 'nothing'}"
     )

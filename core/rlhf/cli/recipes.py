@@ -68,10 +68,10 @@ class RecipeCommand(click.Command):
 def _component_help(formatter: click.HelpFormatter, asked: Recipe, registry: Registry) -> None:
     chosen = chosen_entries(asked, registry)
     for kind, entries in chosen.items():
-        for entry in {entry.name: entry for entry in entries}.values():
-            prefix = f"--{kind}.{entry.name}." if kind in MANY else f"--{kind}."
-            if entry.config is None or (kind == "format" and not asked.picks.get("format")):
+        for key, entry in entries.items():
+            if entry.config is None:
                 continue
+            prefix = f"--{kind}.{key}." if kind in MANY else f"--{kind}."
             title = f"{kind} {entry.name}: {entry.summary}"
             with formatter.section(title):
                 formatter.write_dl(option_rows(entry, prefix))
@@ -88,18 +88,18 @@ def option_rows(entry: Entry, prefix: str) -> list[tuple[str, str]]:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
+    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
+        value = value.factory()
+    if value is None or (isinstance(value, tuple | list | dict) and not value):
         return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list | dict) and not value:
-        return "none"
-    return str(value)
+    if isinstance(value, tuple | list):
+        return ",".join(map(_shown, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def split_fields(args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Take `--KIND.FIELD VALUE`, `--KIND.FIELD=VALUE` and bare `--KIND.FIELD` (true) out of the arguments."""
-    found: list[tuple[str, str]] = []
+def split_fields(args: Sequence[str]) -> tuple[list[tuple[str, str | bool]], list[str]]:
+    """Take `--KIND.FIELD VALUE`, `--KIND.FIELD=VALUE` and bare `--KIND.FIELD` (True) out of the arguments."""
+    found: list[tuple[str, str | bool]] = []
     rest: list[str] = []
     words = list(args)
     while words:
@@ -116,9 +116,8 @@ def split_fields(args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]
             near = options.nearest(kind, KINDS)
             fix = f"did you mean --{near}.{name[3 + len(kind) :]}?" if near else f"kinds: {', '.join(KINDS)}"
             raise RequestError(Problem(f"unknown option {name}", fix))
-        if not sign:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        found.append((name[2:], value))
+        bare = not sign and (not words or words[0].startswith("--"))
+        found.append((name[2:], True if bare else value if sign else words.pop(0)))
     return found, rest
 
 
@@ -138,7 +137,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a command with RECIPE, the kinds, the run options, and what goes with them."""
     decorators = [
         click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False),
-        click.option("--model", metavar="PATH", multiple=True, help="model folder, run directory or hub id; or ROLE=PATH"),
+        click.option("--model", metavar="PATH", multiple=True, help="folder, run or hub id; ROLE=PATH is for one role"),
         click.option("--data", metavar="PATH", multiple=True, help="data file, folder or hub id; may be repeated"),
         click.option("--eval-data", metavar="PATH", multiple=True, help="held-out data; left out, a share of --data"),
     ]  # fmt: skip

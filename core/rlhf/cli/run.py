@@ -43,9 +43,7 @@ def run(
         recipe = _repeat(recipe, Path(output))
     plan = planned(recipe)
     if dry_run:
-        from rlhf.rundir import plain  # light enough here, and `--help` needs none of it
-
-        click.echo(yaml.safe_dump(plain(plan.to_recipe()), sort_keys=False, allow_unicode=True), nl=False)
+        click.echo(yaml.safe_dump(plan.to_recipe(), sort_keys=False, allow_unicode=True), nl=False)
         return 0
     return carry_out(plan, Path(output) if output else None, resume)
 
@@ -74,15 +72,14 @@ def planned(recipe: Recipe) -> Plan:
 
 
 def _repeat(recipe: Recipe, output: Path) -> Recipe:
-    """Where nothing but how long was said, the recipe that the run directory holds."""
-    said = attrs.asdict(recipe, recurse=False)
-    run_options = dict(said.pop("run"))
-    if any(said.values()) or not (output / "recipe.yaml").is_file():
+    """Where nothing was said of what is computed, the recipe that the run directory holds, with the rest on top."""
+    picks = {kind: chosen for kind, chosen in recipe.picks.items() if kind not in ("track", "launch")}
+    computed = attrs.evolve(recipe, run={}, picks=picks)
+    if computed != Recipe() or not (output / "recipe.yaml").is_file():
         return recipe
     from rlhf.rundir import RunDirectory
 
-    stored = RunDirectory(output).recipe()
-    return from_mapping({**stored, **run_options}, str(output / "recipe.yaml"))
+    return from_mapping(RunDirectory(output).recipe(), str(output / "recipe.yaml")).merged(recipe)
 
 
 def carry_out(plan: Plan, output: Path | None, resume: bool) -> int:

@@ -13,8 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf.api import Engine, Generation, LoadSpec, LogProbs, Policy, Problem, RequestError, RunError, Sample, Sequences
-from rlhf.api import State
+from rlhf.api import (
+    Engine,
+    Generation,
+    LoadSpec,
+    LogProbs,
+    Policy,
+    Problem,
+    RequestError,
+    RunError,
+    Sample,
+    Sequences,
+    State,
+)
+from rlhf_plugins.engines.attention import grouped
 from rlhf_plugins.engines.sampling import draw, uniforms
 from rlhf_plugins.engines.slots import SlotCache
 
@@ -27,9 +39,9 @@ class _Response:
     """One response on its way."""
 
     place: int  # among the responses asked for
-    request: int
+    of: int  # which of the different prompts
     prompt: Tensor
-    uniform: Tensor  # float64 [limit]
+    uniform: Tensor  # float64 [limit], in [0, 1)
     greedy: bool
     limit: int
     tokens: list[int] = attrs.Factory(list)
@@ -56,15 +68,18 @@ class HFEngine(Engine):
             RequestError: the model keeps another memory than keys and values of its tokens.
         """
         self._module: Any = module
+        base: Any = getattr(module, "get_base_model", lambda: module)()  # inside adapters
+        self._base = base
         self._codec = policy.codec(spec.model)
         self._compute = spec.compute
-        config = self._module.config.get_text_config()
+        self._device = torch.device(spec.device)
+        config = base.config.get_text_config()
         self._context: int | None = getattr(config, "max_position_embeddings", None)
         kinds = set(getattr(config, "layer_types", None) or ())
-        if not kinds <= {"full_attention", "sliding_attention"} or getattr(module, "_is_stateful", False):
+        if not kinds <= {"full_attention", "sliding_attention"} or getattr(base, "_is_stateful", False):
             what = f"--engine hf samples from attention models, and {spec.model} has {', '.join(sorted(kinds))} layers"
             raise RequestError(Problem(what, "another engine may: rlhf plugins --kind engine"))
-        ends = getattr(self._module.generation_config, "eos_token_id", None)
+        ends = getattr(base.generation_config, "eos_token_id", None)
         self._stops = {self._codec.eos, *([ends] if isinstance(ends, int) else ends or ())}
         truncated = self.config.top_p < 1.0 or self.config.top_k > 0
         full = spec.weights == torch.float32 and spec.compute in (None, torch.float32)
@@ -79,17 +94,19 @@ class HFEngine(Engine):
             RunError: a prompt fills the model's context.
         """
         heat = self.config.temperature if temperature is None else temperature
-        responses = self._responses(requests, greedy=heat == 0)
+        prompts = {id(request.prompt): request.prompt for request in requests}  # several requests may share one
+        responses = self._responses(requests, {key: i for i, key in enumerate(prompts)}, greedy=heat == 0)
         self._module.eval()
-        device = self._module.get_input_embeddings().weight.device
-        with torch.no_grad(), torch.autocast(device.type, dtype=self._compute, enabled=self._compute is not None):
+        device = self._device
+        autocast = torch.autocast(device.type, dtype=self._compute, enabled=self._compute is not None)
+        with torch.no_grad(), autocast, grouped(self._base):
             self._decode(responses, heat or 1.0, device)
         self._calls += 1
         return Generation(
             Sequences.of(
-                [request.prompt.tokens for request in requests],
+                [prompt.tokens for prompt in prompts.values()],
                 [torch.tensor(response.tokens) for response in responses],
-                prompt_of=[response.request for response in responses],
+                prompt_of=[response.of for response in responses],
             ),
             torch.tensor([logp for response in responses for logp in response.logps], dtype=torch.float32),
             tuple("stop" if response.finish == "stop" else "length" for response in responses),
@@ -106,32 +123,30 @@ class HFEngine(Engine):
     def load_state(self, state: State) -> None:
         self._calls, self._version = state["calls"], state["version"]
 
-    def _responses(self, requests: Sequence[Sample], greedy: bool) -> list[_Response]:
+    def _responses(self, requests: Sequence[Sample], number: dict[int, int], greedy: bool) -> list[_Response]:
         found: list[_Response] = []
+        most = self.config.max_new_tokens
         for r, request in enumerate(requests):
-            limit, size = self.config.max_new_tokens, len(request.prompt.tokens)
-            if self._context is not None:
-                limit = min(limit, self._context - size)
+            size = len(request.prompt.tokens)
+            limit = most if self._context is None else min(most, self._context - size)
             if limit < 1:
                 raise RunError(f"a prompt of {size} tokens leaves no room in the model's context of {self._context}")
             for j in range(request.count):
                 seed = (request.seed, j) if request.seed is not None else (self.context.seed, self._calls, r, j)
-                found.append(
-                    _Response(
-                        len(found), r, request.prompt.tokens, uniforms(seed, limit), greedy or request.greedy, limit
-                    )
-                )
+                of, drawn = number[id(request.prompt)], uniforms(seed, limit)
+                found.append(_Response(len(found), of, request.prompt.tokens, drawn, greedy or request.greedy, limit))
         return found
 
     def _decode(self, responses: list[_Response], temperature: float, device: torch.device) -> None:
         # longest prompts first: then whatever enters later finds its columns to the left of the common end
-        waiting = sorted(responses, key=lambda x: (-len(x.prompt), x.request, x.place))
+        waiting = sorted(responses, key=lambda x: (-len(x.prompt), x.of, x.place))
         slots = min(self.config.max_batch, len(responses))
         longest = max((len(x.prompt) + x.limit for x in responses), default=0)
         cache = SlotCache(slots, longest + _SPARE, end=len(waiting[0].prompt) if waiting else 0)
         active: list[_Response] = []
+        enough = max(1, slots // 4)  # free slots that let others in: some at a time, so that their prompts run together
         while waiting or active:
-            if waiting and slots - len(active) >= max(1, slots // 4) or not active:
+            if waiting and slots - len(active) >= enough:
                 entering, waiting = waiting[: slots - len(active)], waiting[slots - len(active) :]
                 logits = self._prefill(entering, cache, device)
                 fresh = len(active)
@@ -148,16 +163,20 @@ class HFEngine(Engine):
 
     def _prefill(self, entering: list[_Response], cache: SlotCache, device: torch.device) -> Tensor:
         """Run the prompts, each once, and give each response its slot. [len(entering), V] logits."""
-        prompts = {x.request: x.prompt for x in entering}
-        width = max(len(prompt) for prompt in prompts.values())
-        ids = torch.stack([nn.functional.pad(p, (width - len(p), 0), value=int(p[0])) for p in prompts.values()])
-        lengths = torch.tensor([len(prompt) for prompt in prompts.values()])
-        prefilled = DynamicCache()
-        logits = self._forward(ids.to(device), lengths.to(device), prefilled)
-        row_of = {request: row for row, request in enumerate(prompts)}
-        for x in entering:
-            cache.enter(prefilled, row_of[x.request], len(x.prompt))
-        return logits[[row_of[x.request] for x in entering]]
+        logits: list[Tensor] = []
+        prompts = list({x.of: x.prompt for x in entering}.values())  # longest first
+        places = {of: i for i, of in enumerate(dict.fromkeys(x.of for x in entering))}
+        for piece in _alike(prompts):
+            width = len(piece[0])
+            ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in piece])
+            lengths = torch.tensor([len(prompt) for prompt in piece])
+            prefilled = DynamicCache()
+            first = sum(len(part) for part in logits)
+            logits.append(self._forward(ids.to(device), lengths.to(device), prefilled))
+            for x in entering:
+                if 0 <= places[x.of] - first < len(piece):
+                    cache.enter(prefilled, places[x.of] - first, len(x.prompt))
+        return torch.cat(logits)[[places[x.of] for x in entering]]
 
     def _step(self, active: list[_Response], cache: SlotCache, waiting: int, device: torch.device) -> Tensor:
         """Run the newest token of each. `waiting`: the longest prompt yet to enter. [len(active), V] logits."""
@@ -199,15 +218,24 @@ class HFEngine(Engine):
         for x, token, logp in zip(responses, tokens.tolist(), logps.tolist(), strict=True):
             x.tokens.append(token)
             x.logps.append(logp)
-            if token in self._stops or self._stopped(x.tokens):
+            if token in self._stops or (self.config.stop and self._stopped(x.tokens)):
                 x.finish = "stop"
             elif len(x.tokens) == x.limit:
                 x.finish = "length"
 
     def _stopped(self, tokens: list[int]) -> bool:
         """One of the stop texts has just been completed."""
-        if not self.config.stop:
-            return False
         tail = 4 * max(len(text) for text in self.config.stop) + 8  # tokens; one may be a single byte of a character
         text = self._codec.decode(torch.tensor(tokens[-tail:]))
         return any(stop in text for stop in self.config.stop)
+
+
+def _alike(prompts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut prompts, longest first, where padding would pass a quarter of the longest."""
+    piece: list[Tensor] = []
+    for prompt in prompts:
+        if piece and len(prompt) < 0.75 * len(piece[0]):
+            yield piece
+            piece = []
+        piece.append(prompt)
+    yield piece

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -24,7 +23,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def buffer(like: Tensor) -> Tensor:
+        def buffer(like: Tensor) -> Tensor:  # zeros, since a masked NaN is still a NaN
             return like.new_zeros(self.cache.slots, like.shape[1], self.cache.capacity, like.shape[3])
 
         self.keys, self.values = buffer(key_states), buffer(value_states)
@@ -75,8 +74,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.rows -= 1
         if row != self.rows:
             for layer in self.layers:
-                layer.keys[row].copy_(layer.keys[self.rows])
-                layer.values[row].copy_(layer.values[self.rows])
+                for buffer in (layer.keys, layer.values):
+                    buffer[row, :, : self.end] = buffer[self.rows, :, : self.end]
 
     def move(self, end: int) -> None:
         """Shift what is seen so that it ends at another column."""

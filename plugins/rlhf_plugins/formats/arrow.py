@@ -112,7 +112,7 @@ class HuggingFace(RowFormat):
         except Exception as error:  # its library, the hub's and the network's have no class in common
             raise RequestError(
                 Problem(
-                    f"--data {path} is no file or folder here, and can't be had from the hub: {error}",
+                    f"{path} is no file or folder here, and can't be had from the hub: {error}",
                     "a path that exists, or ORG/NAME[:CONFIG[:SPLIT]]",
                 )
             ) from error

@@ -195,7 +195,7 @@ def _read_messages(record: dict[str, Any]) -> None:
     record["messages"] = _chat(record, "messages")
     if "prompt" in record:
         return
-    if record.keys() & {"completion", "chosen", "rejected"}:
+    if record.keys() & {"completion", "chosen"}:
         record["prompt"] = record.pop("messages")
     else:
         _judge_last(record)

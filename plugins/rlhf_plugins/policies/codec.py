@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rlhf.api import Problem, RequestError, RowError
+from rlhf.api import Message, Problem, RequestError, RowError
 from rlhf_plugins.policies import HFPolicyConfig
+from rlhf_plugins.policies.loading import adapter_config
 
 _GENERATION = re.compile(r"\{%-?\s*generation")
 
@@ -95,7 +96,7 @@ class HFCodec:
             tokens = tokens[:room]
         return torch.tensor(tokens, dtype=torch.long)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Tensor, Tensor]:
+    def chat(self, messages: Sequence[Message]) -> tuple[Tensor, Tensor]:
         """(int64 [T], bool [T] True on what the assistant says and the token that closes it).
 
         Raises:
@@ -140,7 +141,7 @@ class HFCodec:
                 )
             )
 
-    def _rendered(self, prompt: Any) -> tuple[list[Mapping[str, str]] | None, str]:
+    def _rendered(self, prompt: Any) -> tuple[list[Message] | None, str]:
         """(the messages where the chat template made the text, else None; the text)."""
         if isinstance(prompt, str):
             if prompt and self._text_template is not None:
@@ -165,7 +166,7 @@ class HFCodec:
                 )
             )
 
-    def _apply(self, messages: Iterable[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _apply(self, messages: Iterable[Message], *, add_generation_prompt: bool = False) -> str:
         """The template's text.
 
         Raises:
@@ -198,7 +199,7 @@ class HFCodec:
             return whole[len(prompt) :]
         return self._tokens(text)
 
-    def _turn(self, before: str, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+    def _turn(self, before: str, messages: Sequence[Message]) -> list[int] | None:
         """The last turn's tokens up to its end token, or None where the template renders the prompt otherwise now."""
         whole = self._apply(messages)
         if not whole.startswith(before):
@@ -207,7 +208,7 @@ class HFCodec:
         ends = [i for i, token in enumerate(tokens) if token in self.stops]
         return tokens[: ends[-1] + 1] if ends else tokens
 
-    def _pieces(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[str, bool]] | None:
+    def _pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]] | None:
         """The chat's text cut into what the assistant says (True) and the rest, or None where it can't be cut."""
         whole, at, pieces = self._apply(messages), 0, []
         for i, message in enumerate(messages):
@@ -221,7 +222,7 @@ class HFCodec:
             at = len(through)
         return [*pieces, (whole[at:], False)]
 
-    def _marked(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+    def _marked(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens and mask of a template that marks the assistant's turns itself."""
         if not _GENERATION.search(str(self.tokenizer.chat_template)):
             raise RowError(
@@ -236,12 +237,8 @@ class HFCodec:
 
 def _tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, int | None]:
     """(tokenizer, context in tokens or None); of an adapter's folder without a tokenizer, its base's."""
-    from peft import PeftConfig
-
-    try:
-        base = PeftConfig.from_pretrained(model).base_model_name_or_path
-    except (ValueError, OSError):
-        base = model
+    adapter = adapter_config(model)
+    base = adapter.base_model_name_or_path if adapter is not None else model
     problems = []
     for place in dict.fromkeys((model, base)):
         try:

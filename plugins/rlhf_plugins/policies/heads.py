@@ -1,4 +1,4 @@
-"""Reading a trunk's hidden states: token log-probs through the vocabulary head in chunks, scalars through a small one."""
+"""Reading a trunk's states: token log-probs through the vocabulary head in chunks, scalars through a small one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LogitsOf = Callable[[Tensor], Tensor]
-"""Hidden states [n, D] -> logits [n, V]."""
+"""States [n, D] -> logits [n, V]."""
 
 
 def token_logps(
-    hidden: Tensor, targets: Tensor, logits_of: LogitsOf, *, temperature: float, entropy: bool, chunk: int
+    states: Tensor, targets: Tensor, logits_of: LogitsOf, *, temperature: float, entropy: bool, chunk: int
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of tokens, and entropies of the distributions they were drawn from.
 
@@ -23,7 +23,7 @@ def token_logps(
     vocabulary of 150,000 the whole of them would outweigh the model.
 
     Args:
-        hidden: [N, D], states before each token.
+        states: [N, D], before each token.
         targets: int64 [N], the tokens.
         logits_of: the head.
         temperature: divides the logits; above 0.
@@ -32,26 +32,52 @@ def token_logps(
         (float32 [N] nats, float32 [N] nats or None)
     """
 
-    def part(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = logits_of(states).float() / temperature  # [n, V]
-        log_z = logits.logsumexp(-1)  # [n]
-        logp = logits.gather(-1, tokens[:, None]).squeeze(-1) - log_z
-        if not entropy:
-            return logp, None
-        return logp, log_z - (torch.softmax(logits, -1) * logits).sum(-1)  # H = log Z - E[logit]
+    def part(some: Tensor, tokens: Tensor) -> Tensor:
+        return cast(Tensor, _LogSoftmax.apply(logits_of(some), tokens, temperature, entropy))  # type: ignore[no-untyped-call]
 
-    parts: list[tuple[Tensor, Tensor | None]] = []
-    for states, tokens in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    parts = [states.new_zeros(2, 0, dtype=torch.float32)]
+    for i in range(0, len(targets), chunk):
+        piece = states[i : i + chunk], targets[i : i + chunk]
         if torch.is_grad_enabled():  # nothing random inside, so no RNG to keep
-            again = checkpoint(part, states, tokens, use_reentrant=False, preserve_rng_state=False)
-            parts.append(cast("tuple[Tensor, Tensor | None]", again))
+            parts.append(cast(Tensor, checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)))
         else:
-            parts.append(part(states, tokens))
-    if not parts:
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        return empty, empty if entropy else None
-    logp = torch.cat([logp for logp, _ in parts])
-    return logp, torch.cat([cast(Tensor, h) for _, h in parts]) if entropy else None
+            parts.append(part(*piece))
+    logp, spread = torch.cat(parts, dim=1)
+    return logp, spread if entropy else None
+
+
+class _LogSoftmax(torch.autograd.Function):
+    """Log-probs of targets and entropies from logits, in float32, with half of autograd's passes over [n, V].
+
+    With z = logits / temperature, p = softmax(z) and H = -sum p log p:
+        d logp / d z = onehot(target) - p        d H / d z = -p (log p + H)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
+        """[2, n]: log-probs; entropies, or zeros where they aren't asked for."""
+        z = logits.float() / temperature if temperature != 1.0 else logits.float()
+        log_z = z.logsumexp(-1)
+        logp = z.gather(-1, targets[:, None]).squeeze(-1) - log_z
+        spread = torch.zeros_like(logp)
+        if entropy:
+            spread = log_z - (torch.exp(z - log_z[:, None]) * z).sum(-1)  # H = log Z - E[z]
+        ctx.save_for_backward(logits, targets, log_z, spread)
+        ctx.temperature, ctx.entropy = temperature, entropy
+        return torch.stack([logp, spread])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, targets, log_z, spread = ctx.saved_tensors
+        of_logp, of_entropy = grads[0] / ctx.temperature  # [n] each
+        log_p = (logits.float() / ctx.temperature).sub_(log_z[:, None])
+        if ctx.entropy:
+            p = log_p.exp()
+            grad = log_p.add_(spread[:, None]).mul_(of_entropy[:, None]).add_(of_logp[:, None]).mul_(p).neg_()
+        else:
+            grad = log_p.exp_().mul_(-of_logp[:, None])
+        grad.scatter_add_(-1, targets[:, None], of_logp[:, None])
+        return grad.to(logits.dtype), None, None, None
 
 
 def scalars(hidden: Tensor, head: nn.Module) -> Tensor:

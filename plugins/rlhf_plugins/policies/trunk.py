@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf.api import RunError, Sequences
 from rlhf_plugins.policies.heads import LogitsOf, logit_transform
 from rlhf_plugins.policies.layout import Costs, Grid, lay_out
+from rlhf_plugins.policies.loading import partitioned
 
 _NOTE = "rlhf_traits"
 """Where a model carries what was found out about it: on itself, so that copies and wrappers keep it."""
@@ -24,6 +25,8 @@ _NOTE = "rlhf_traits"
 class Traits:
     """What was found out about a model when it was loaded."""
 
+    device: torch.device
+    """Where its inputs go."""
     compute: torch.dtype | None
     """Of matrix products, by autocast."""
     own_forward: bool
@@ -46,9 +49,15 @@ def base_of(module: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def examine(model: PreTrainedModel, compute: torch.dtype | None, lm: bool) -> None:
-    """Find out and note a model's traits, by trying it on a handful of tokens."""
-    trunk = Trunk(model, Traits(compute, own_forward=False, shareable=False))
+def examine(model: PreTrainedModel, compute: torch.dtype | None, device: torch.device, lm: bool) -> None:
+    """Find out and note a model's traits, by trying it on a handful of tokens.
+
+    Weights that DeepSpeed already spread over ranks can't be tried alone; the common case is taken for granted there.
+    """
+    trunk = Trunk(model, Traits(device, compute, own_forward=False, shareable=False))
+    if partitioned(model):
+        setattr(model, _NOTE, trunk.traits)
+        return
     own_forward = lm and not trunk.head_agrees()
     trunk.traits = attrs.evolve(trunk.traits, own_forward=own_forward)
     setattr(model, _NOTE, attrs.evolve(trunk.traits, shareable=trunk.rows_agree()))
@@ -61,13 +70,14 @@ class Trunk:
         self.model = base_of(module)
         if traits is None:
             if not hasattr(self.model, _NOTE):
-                examine(self.model, None, self.model.get_output_embeddings() is not None)
+                device = self.model.get_input_embeddings().weight.device
+                examine(self.model, None, device, lm=self.model.get_output_embeddings() is not None)
             traits = cast(Traits, getattr(self.model, _NOTE))
         self.traits = traits
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        return self.traits.device
 
     @property
     def sharded(self) -> bool:
@@ -87,10 +97,13 @@ class Trunk:
         return torch.autocast(self.device.type, dtype=compute, enabled=compute is not None)
 
     def costs(self) -> Costs:
-        """From the model's shape. A token's matrix products are about 24 D^2 operations a layer, a pair in attention
-        4 D; but attention reaches about a third of the products' speed (measured on CPUs)."""
+        """Of width D: a pair in attention takes 1/(6 D) of the operations of a token's matrix products, at about a
+        quarter of their speed (CPU, bfloat16), two thirds (CPU, float32), or half (GPU, with a mask; not measured)."""
         width = int(self.model.config.get_text_config().hidden_size)
-        return Costs(pair=0.5 / width, call=32.0 if self.device.type == "cpu" else 2048.0)
+        if self.device.type != "cpu":
+            return Costs(pair=0.35 / width, call=2048.0)
+        half = self.traits.compute in (torch.bfloat16, torch.float16) or self.model.dtype != torch.float32
+        return Costs(pair=(0.7 if half else 0.25) / width, call=32.0)
 
     def read(self, sequences: Sequences, layout: str, last: bool) -> tuple[Tensor, Tensor | None]:
         """One forward.

@@ -114,7 +114,7 @@ def rlhf_rewards() -> Iterator[RewardEntry]:
         summary="right or wrong against a reference answer: numbers, \\boxed{}, or exact text",
         config=AnswerConfig,
         impl="rlhf_plugins.rewards.answer:Answer",
-        columns=("answer",),
+        columns=lambda config: (config.answer_column,),
     )
     yield RewardEntry(
         name="length",

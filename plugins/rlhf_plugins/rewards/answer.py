@@ -35,12 +35,11 @@ class Answer(Reward):
 
     def judge(self, rollouts: Rollouts, score: Score) -> list[float]:
         """B scores, each `correct` or `wrong`."""
-        return [
-            self.config.correct
-            if is_correct(text, self._reference(rollouts, i), self.config.extract)
-            else self.config.wrong
-            for i, text in enumerate(rollouts.texts)
+        config = self.config
+        right = [
+            is_correct(text, self._reference(rollouts, i), config.extract) for i, text in enumerate(rollouts.texts)
         ]
+        return [config.correct if verdict else config.wrong for verdict in right]
 
     def _reference(self, rollouts: Rollouts, i: int) -> str:
         column, found = self.config.answer_column, samples.columns(rollouts, i)
@@ -108,10 +107,9 @@ def tidy(text: str) -> str:
 
 
 def _plain_fraction(match: re.Match[str]) -> str:
-    follows_digit = match.string[
-        max(match.start() - 1, 0) : match.start()
-    ].isdigit()  # a mixed number: 3\\frac{1}{2} is 3 1/2
-    return f"{' ' * follows_digit}{match[1] or match[3]}/{match[2] or match[4]}"
+    before = match.string[max(match.start() - 1, 0) : match.start()]
+    space = " " if before.isdigit() else ""  # a mixed number: 3\\frac{1}{2} is 3 1/2
+    return f"{space}{match[1] or match[3]}/{match[2] or match[4]}"
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

@@ -44,18 +44,13 @@ class PythonFunction(Reward):
         self._own = ("prompts", "completions") if self._batched else ("prompt", "completion")
         if not (self._own[1] in self._takes.names or self._takes.all_columns):
             what = f"{self._flag}: it takes ({', '.join(self._takes.names)}), and no {self._own[1]!r} to judge"
-            raise RequestError(
-                Problem(what, f"name its parameters {self._own[0]}, {self._own[1]}, and columns of the data")
-            )
+            raise RequestError(Problem(what, f"name its parameters {', '.join(self._own)}, and columns of the data"))
 
     def judge(self, rollouts: Rollouts, score: Score) -> Sequence[Any]:
         """What the function returns: B numbers."""
         if not self._batched:
-            return [
-                self._call(rollouts, [i], self._arguments(rollouts, i, samples.columns(rollouts, i)))
-                for i in range(len(rollouts))
-            ]
-        given = [self._arguments(rollouts, i, samples.columns(rollouts, i)) for i in range(len(rollouts))]
+            return [self._call(rollouts, [i], self._arguments(rollouts, i)) for i in range(len(rollouts))]
+        given = [self._arguments(rollouts, i) for i in range(len(rollouts))]
         names = dict.fromkeys(name for one in given for name in one)
         # A column that only some rows have, and that the function can do without, is None in the others.
         everyone = list(range(len(rollouts)))
@@ -66,9 +61,9 @@ class PythonFunction(Reward):
             raise RunError(f"{self._who} returned {len(result)} numbers for a batch of {len(rollouts)}")
         return list(result)
 
-    def _arguments(self, rollouts: Rollouts, i: int, columns: Mapping[str, Any]) -> dict[str, Any]:
+    def _arguments(self, rollouts: Rollouts, i: int) -> dict[str, Any]:
         """What the i-th sample gives for the function's parameters."""
-        prompt = samples.prompt(rollouts, i)
+        prompt, columns = samples.prompt(rollouts, i), samples.columns(rollouts, i)
         own = (list(prompt) if isinstance(prompt, tuple) else prompt, rollouts.texts[i])
         found = {**columns, **dict(zip(self._own, own, strict=True))}
         missing = [name for name in self._takes.required if name not in found]
@@ -85,11 +80,7 @@ class PythonFunction(Reward):
         except (Interrupted, RunError):
             raise
         except Exception as error:
-            where = (
-                samples.name(rollouts, of[0])
-                if len(of) == 1
-                else f"a batch that begins with {samples.name(rollouts, 0)}"
-            )
+            where = ("" if len(of) == 1 else "a batch that begins with ") + samples.name(rollouts, of[0])
             raise RunError(f"{self._who} raised {type(error).__name__}: {error}, on {where}") from error
 
 
@@ -112,9 +103,8 @@ def parameters(function: Callable[..., Any], flag: str) -> Parameters:
     """
     call = getattr(function, "__call__", function)  # noqa: B004 - of an object with __call__, its code
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
-        raise RequestError(
-            Problem(f"{flag}: is asynchronous", "make it a plain function, with asyncio.run(...) inside")
-        )
+        fix = "make it a plain function, with asyncio.run(...) inside"
+        raise RequestError(Problem(f"{flag}: is asynchronous", fix))
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:

@@ -21,17 +21,21 @@ def _data(name: str) -> str:
 def rlhf_starters() -> Iterable[Any]:
     # So small a model gains nothing from bf16, and in fp32 the engine's log-probs are exact.
     tiny = {"mem": "fp32", "micro_batch_tokens": 16_384}
-    yield StarterEntry(
-        name="sums",
-        summary="prompts that ask for a sum, judged by their answer",
-        data_type=PromptRow,
-        model=_MODEL,
-        data=_data("prompts_train"),
-        eval_data=_data("prompts_eval"),
-        with_model={**tiny, "optim.learning_rate": 3e-4},
-        with_data={"reward": "answer", "engine.max_new_tokens": 8},
-        with_both={"max_steps": 50, "batch_size": 128, "eval_rows": 256},
-    )
+    online = {"max_steps": 40, "batch_size": 128, "eval_rows": 256}
+    ppo = {"algo.epochs": 2, "algo.minibatches": 2, "algo.kl_coef": 0.01, "optim.warmup": 0.1}
+    for algorithm, settings in (("", online), ("ppo", {**online, **ppo})):
+        yield StarterEntry(
+            name="sums",
+            summary="prompts that ask for a sum, judged by their answer",
+            data_type=PromptRow,
+            algorithms=algorithm or (),
+            model=_MODEL,
+            data=_data("prompts_train"),
+            eval_data=_data("prompts_eval"),
+            with_model={**tiny, "optim.learning_rate": 3e-4},
+            with_data={"reward": "answer", "engine.max_new_tokens": 8},
+            with_both=settings,
+        )
     yield StarterEntry(
         name="worked sums",
         summary="sums with their answers",

@@ -194,8 +194,8 @@ def test_alpaca() -> None:
 
 
 def test_alpaca_with_history_learns_every_response() -> None:
-    row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
-    chat = (system("s"), user("a"), assistant("b"), user("c"))
+    row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"], ["x", "y"]]}
+    chat = (system("s"), user("a"), assistant("b"), user("x"), assistant("y"), user("c"))
     record = to_record(row)
     assert CompletionRow.from_record(record).messages == (*chat, assistant("d"))
     assert PromptRow.from_record(record).prompt == chat
@@ -284,6 +284,7 @@ def test_scores_give_the_margin_unless_there_is_one() -> None:
     assert to_record({**pair, "chosen_score": 3, "rejected_score": 1.5, "margin": 9})["margin"] == 9
     assert "margin" not in to_record({**pair, "chosen_score": 3, "rejected_score": None})
     assert "margin" not in to_record({**pair, "chosen_score": "3", "rejected_score": "1"})
+    assert "margin" not in to_record({**pair, "chosen_score": True, "rejected_score": False})
     with pytest.raises(RowError, match="finite"):
         to_record({**pair, "chosen_score": float("inf"), "rejected_score": 1.0})
     with pytest.raises(RowError, match="finite"):
@@ -313,7 +314,9 @@ def test_forced_shapes() -> None:
     sharegpt = to_record(row, shape="sharegpt")
     assert sharegpt["messages"] == (user("h"), assistant("g"))
     assert "prompt" not in sharegpt
-    assert "prompt" not in to_record({"instruction": "i", "output": "o"}, shape="plain")
+    assert "messages" not in to_record({**row, "messages": [user("m")]}, shape="alpaca")
+    plain = {"instruction": "i", "output": "o", "conversations": row["conversations"]}
+    assert to_record(plain, shape="plain") == plain
     for shape, column in (("alpaca", "instruction"), ("sharegpt", "conversations")):
         with pytest.raises(RowError, match=f"no '{column}', which the shape {shape} needs; it has prompt"):
             to_record({"prompt": "p"}, shape=shape)

@@ -168,6 +168,13 @@ def test_a_template_makes_the_prompt(write: Write) -> None:
     assert "'answer' is missing" in str(found[2])
 
 
+def test_a_shape_may_be_forced(write: Write) -> None:
+    path = write("a.jsonl", lines([{"prompt": "p", "instruction": "i", "output": "o"}, {"prompt": "p"}]))
+    first, second = records(JsonLines, path, shape="alpaca")
+    assert first["prompt"] == ({"role": "user", "content": "i"},)
+    assert str(second) == "no 'instruction', which the shape alpaca needs; it has prompt"
+
+
 def test_a_template_may_be_a_users_turn(write: Write) -> None:
     path = write("a.jsonl", lines(ROWS[:1]))
     found = records(JsonLines, path, template="{prompt}!", system="s")
@@ -218,6 +225,7 @@ def test_half_a_character_is_refused(write: Write) -> None:
         (JsonLines, "a.jsonl", '{"a": ' + "1" * 5000 + "}", r"a\.jsonl:1: .*digits"),
         (JsonLines, "a.jsonl.gz", b"{}", "can't be read: Not a gzipped file"),
         (JsonLines, "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "can't be read: Compressed file ended"),
+        (JsonLines, "a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 20, "can't be read: Error -3"),
         (Json, "a.json", "", "is empty"),
         (Json, "a.json", "[]", "holds no rows"),
         (Json, "a.json", "{}", "holds an object"),

@@ -44,7 +44,9 @@ def step(module: nn.Module, ids: torch.Tensor, bf16: bool = False) -> tuple[dict
     def count(*_: Any) -> None:
         runs[0] += 1
 
-    norms = [next(part for part in layer.modules() if "norm" in type(part).__name__.lower()) for layer in layers(module)]
+    norms = [
+        next(part for part in layer.modules() if "norm" in type(part).__name__.lower()) for layer in layers(module)
+    ]
     handles = [norm.register_forward_hook(count) for norm in norms]
     module.zero_grad()
     cast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -96,14 +98,15 @@ def test_through_the_policy(
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])  # type: ignore[arg-type]
 
 
-def test_nothing_is_done_twice_without_gradient(make_model: Model, ids: torch.Tensor) -> None:
+def test_plain_forward_without_gradient(make_model: Model, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would be kept, so nothing (such as the RNG's state) is put aside to compute it again."""
     module = wrap(make_model("llama"))
-    runs = [0]
-    layers(module)[0].register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
-    expected = make_model("llama")(input_ids=ids).logits
+    expected = make_model("llama")(input_ids=ids, use_cache=False).logits
+    monkeypatch.setattr("rlhf_plugins.memory.checkpointing.checkpoint", None)
     with torch.no_grad():
-        assert torch.equal(module(input_ids=ids).logits, expected)
-    assert runs == [1]
+        assert torch.equal(module(input_ids=ids, use_cache=False).logits, expected)
+    with pytest.raises(TypeError):  # with a gradient it would have been called
+        module(input_ids=ids, use_cache=False)
 
 
 def test_a_cache_is_written_once(make_model: Model, ids: torch.Tensor) -> None:

@@ -125,7 +125,13 @@ def test_reference_between_forward_and_backward(make_model: Model, ids: torch.Te
 
 WRONG = [
     ("gpt2", "lm", ("q_proj",), "q_proj: names no linear module", "it has c_attn, c_proj, c_fc; or all-linear"),
-    ("llama", "lm", ("q_proj", "c_attn"), "targets c_attn: ", "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down"),
+    (
+        "llama",
+        "lm",
+        ("q_proj", "c_attn"),
+        "targets c_attn: ",
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down",
+    ),
     ("llama", "lm", ("lm_head",), "lm_head: ", "it has q_proj"),  # read otherwise than by being called
     ("llama", "scalar", ("score",), "score: ", "it has q_proj"),  # trained whole
     ("llama", "lm", ("roj",), "roj: ", "it has q_proj"),  # whole names, no endings
@@ -215,7 +221,13 @@ def test_autocast_needs_no_cast_of_peft(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_saved_and_loaded_again(
-    folder: Folder, strategies: Strategies, prepared: Prepared, policy: HFPolicy, tmp_path: Path, head: Any, precision: str
+    folder: Folder,
+    strategies: Strategies,
+    prepared: Prepared,
+    policy: HFPolicy,
+    tmp_path: Path,
+    head: Any,
+    precision: str,
 ) -> None:
     """What was trained, head included, is what a fresh process loads (adapters merged)."""
     module, spec = prepared(folder("llama", head), strategies("lora", precision), head)

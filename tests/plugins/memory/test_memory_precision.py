@@ -167,5 +167,7 @@ def test_one_precision_a_role(plan: Callable[..., Plan]) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "checkpointing"])
 def test_what_is_for_training_is_refused_on_a_frozen_role(plan: Callable[..., Plan], name: str) -> None:
-    with pytest.raises(RequestError, match=f"--mem reference={name}: the role reference isn't trained\n.*one of: policy"):
+    with pytest.raises(
+        RequestError, match=f"--mem reference={name}: the role reference isn't trained\n.*one of: policy"
+    ):
         plan(reference=(name,))

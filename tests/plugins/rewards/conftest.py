@@ -30,7 +30,7 @@ def rollouts() -> Callable[..., Rollouts]:
         return Rollouts(
             sequences=Sequences.of([torch.zeros(1, dtype=torch.long)] * count, responses, masks=masks),
             logp=None,
-            finish=("stop",) * count,
+            finish=tuple("stop" for _ in range(count)),
             rows=tuple(PromptRow(prompt, dict(column)) for prompt, column in zip(asked, columns, strict=True)),
             prompts=tuple(f"<s>{prompt}" for prompt in asked),
             texts=tuple(texts),

@@ -68,7 +68,14 @@ def test_last_number(text: str, value: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("72", "72"), (" $1,000.00. ", "1000"), ("$\\frac{1}{2}$", "1/2"), ("72 apples", None), ("5, 7", None), ("x", None)],
+    [
+        ("72", "72"),
+        (" $1,000.00. ", "1000"),
+        ("$\\frac{1}{2}$", "1/2"),
+        ("72 apples", None),
+        ("5, 7", None),
+        ("x", None),
+    ],
 )
 def test_whole_number(text: str, value: str | None) -> None:
     assert whole_number(text) == (None if value is None else Fraction(value))
@@ -83,6 +90,7 @@ def test_whole_number(text: str, value: str | None) -> None:
         (r"\boxed{\boxed{5}}", "5"),
         (r"\boxed{6} and \boxed{7", "6"),  # cut off by the length limit
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{]0, \}[}", r"]0, \}["),  # an escaped brace pairs with none
         (r"} \boxed{a{b}c} {", "a{b}c"),
         (r"\boxed{}", ""),
         (r"boxed{3}", None),

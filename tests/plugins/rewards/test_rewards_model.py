@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -26,7 +27,7 @@ from rlhf.sequences import Rollouts, Scores, Sequences
 from rlhf_plugins.policies import HFPolicyConfig
 from rlhf_plugins.policies.hf import HFPolicy
 from rlhf_plugins.rewards import ModelConfig, rlhf_rewards, scores_one_number
-from rlhf_plugins.rewards.model import RewardModel
+from rlhf_plugins.rewards.model import RewardModel, same_vocabulary
 
 LETTERS = "abcdefghij?u"
 CONTEXT = 24
@@ -62,7 +63,7 @@ class Bench:
 
     folder: Path
     label: str = ""
-    config: ModelConfig = ModelConfig()
+    config: ModelConfig = attrs.Factory(ModelConfig)
 
     @property
     def role(self) -> str:
@@ -132,12 +133,14 @@ class Watching:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Callable[..., Bench]:
-    def make(letters: str = LETTERS, template: str | None = None, pad: bool = False, **more: Any) -> Bench:
+    def make(
+        letters: str = LETTERS, template: str | None = None, pad: bool = False, more_said: bool = False, **more: Any
+    ) -> Bench:
         torch.manual_seed(1)
         LlamaForSequenceClassification(llama(CONTEXT, num_labels=1)).save_pretrained(tmp_path / "judge")
         save_tokenizer(tmp_path / "judge", letters, template, pad)
         llama(64, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "policy")
-        save_tokenizer(tmp_path / "policy", template=TEMPLATE)
+        save_tokenizer(tmp_path / "policy", template=TEMPLATE, pad=more_said)
         return Bench(tmp_path, **more)
 
     return make
@@ -195,25 +198,42 @@ def test_another_tokenizer_and_template(bench: MakeBench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "tokens"),
+    ("own", "prompt", "response"),
     [
-        ({"template": None}, "u?bad!a?"),  # none that could differ
-        ({"template": TEMPLATE, "pad": True}, "u?bad!a?"),  # a token more, which the policy never says
-        ({"template": OTHER_TEMPLATE}, "u?bad!a??"),
+        ({"template": TEMPLATE}, "u?bad!a?", "h!"),
+        ({"template": None}, "u?bad!a?", "h!"),  # none that could differ
+        ({"template": TEMPLATE, "pad": True}, "u?bad!a?", "h!"),  # a token more, which the policy never says
+        ({"template": TEMPLATE, "more_said": True}, "u?bad!a?", "c!"),  # one that it wouldn't know
+        ({"template": OTHER_TEMPLATE}, "u?bad!a??", "c!"),
+        ({"template": TEMPLATE, "config": ModelConfig(template="own")}, "u?bad!a?", "c!"),
+        ({"template": OTHER_TEMPLATE, "config": ModelConfig(template="same")}, "u?bad!a?", "h!"),
     ],
 )
-def test_auto_goes_by_content(bench: MakeBench, own: dict[str, Any], tokens: str) -> None:
+def test_which_is_read(bench: MakeBench, own: dict[str, Any], prompt: str, response: str) -> None:
+    """Tokens and text are made to disagree here, so that it shows which of the two was taken."""
     made = bench(**own)
     score = Watching(made)
-    made.reward().judge(made.rollouts([CHAT], [0], ["h"], ["stop"]), score)  # type: ignore[arg-type]
-    assert score.asked[0][0].prompt(0).tolist() == letters(tokens)
+    given = attrs.evolve(made.rollouts([CHAT], [0], ["h"], ["stop"]), texts=("c",))
+    made.reward().judge(given, score)  # type: ignore[arg-type]
+    asked = score.asked[0][0]
+    assert (asked.prompt(0).tolist(), asked.tokens.tolist()) == (letters(prompt), letters(response))
 
 
-def test_template_same_keeps_the_policys(bench: MakeBench) -> None:
-    made = bench(template=OTHER_TEMPLATE, config=ModelConfig(template="same"))
+def test_auto_reads_text_by_another_vocabulary(bench: MakeBench) -> None:
+    """The same tokens and rules, numbered otherwise: as tokens, the text would be another."""
+    made = bench(letters=LETTERS[::-1], template=TEMPLATE)
     score = Watching(made)
-    made.reward().judge(made.rollouts([CHAT], [0], ["h"], ["stop"]), score)  # type: ignore[arg-type]
-    assert score.asked[0][0].prompt(0).tolist() == letters("u?bad!a?")
+    made.reward().judge(made.rollouts(["abc"], [0], ["d"], ["stop"]), score)  # type: ignore[arg-type]
+    assert score.asked[0][0].prompt(0).tolist() == letters("abc", LETTERS[::-1]) != letters("abc")
+
+
+def test_codecs_that_show_no_tokenizer_are_taken_to_differ(bench: MakeBench) -> None:
+    made = bench()
+    known: Any = made.policy.codec(str(made.folder / "policy"))
+    hidden: Any = SimpleNamespace(eos=known.eos)
+    assert same_vocabulary(known, known)
+    assert not same_vocabulary(known, hidden) and not same_vocabulary(hidden, known)
+    assert not same_vocabulary(known, SimpleNamespace(eos=5, tokenizer=known.tokenizer))
 
 
 def test_template_same_is_refused_for_another_tokenizer(bench: MakeBench) -> None:

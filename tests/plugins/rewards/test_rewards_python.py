@@ -92,14 +92,18 @@ def test_function_of_a_module(
     (tmp_path / "judging_by_hand" / "inner.py").write_text("def f(completion): return 4.0")
     monkeypatch.syspath_prepend(tmp_path)
     assert judge(PythonFunction(PythonConfig(path="judging_by_hand.inner:f"), context), rollouts(["a"])) == [4.0]
-    with pytest.raises(RequestError, match="importing judging_by_hand.outer raised ModuleNotFoundError"):
+    with pytest.raises(RequestError, match=r"raised ModuleNotFoundError: No module named .judging_by_hand\.outer"):
         PythonFunction(PythonConfig(path="judging_by_hand.outer:f"), context)
 
 
 REFUSED = [
     ("x = 1", "f", "'f' is not there"),
     ("def good(completion): ...\nf = 3", "f", "'f' is not a function, but 3\n    .* has good"),
-    ("def f(text): ...", "f", r"takes \(text\), and no 'completion' to judge\n    name its parameters prompt, completion"),
+    (
+        "def f(text): ...",
+        "f",
+        r"takes \(text\), and no 'completion' to judge\n    name its parameters prompt, completion",
+    ),
     ("def f(prompt): ...", "f", "no 'completion' to judge"),
     ("def f(completion, /): ...", "f", "can't be given by name"),
     ("async def f(completion): ...", "f", "asynchronous"),
@@ -121,7 +125,10 @@ def test_batched_that_takes_no_lists(make: Make) -> None:
 
 
 FAILS = [
-    ("def f(completion): return 1 / (completion != 'b')", r"ZeroDivisionError: .*, on sample 1 \(prompt '<s>question 1'\)"),
+    (
+        "def f(completion): return 1 / (completion != 'b')",
+        r"ZeroDivisionError: .*, on sample 1 \(prompt '<s>question 1'\)",
+    ),
     ("def f(completions): raise ValueError('no')", r"ValueError: no, on a batch that begins with sample 0 \(prompt"),
     ("def f(completion, target): ...", r"needs 'target', which sample 0 \(.*\) has not; its columns: answer"),
     ("def f(completion, answer, level): ...", r"needs 'level', which sample 0"),

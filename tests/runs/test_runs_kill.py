@@ -1,0 +1,79 @@
+"""A run killed with SIGKILL at random moments and resumed each time equals one never killed, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MACHINE_DEPENDENT = ("time/", "perf/", "memory/")
+RUNS = {
+    "ppo": ("--algo", "ppo", "--algo.minibatches", "2", "--algo.epochs", "2", "--algo.kl-control", "adaptive",
+            "--algo.normalise-rewards", "--max-steps", "12", "--batch-size", "16", "--eval-rows", "16",
+            "--eval-every", "4"),
+    "dpo": ("--algo", "dpo", "--mem", "lora", "--max-steps", "14", "--batch-size", "8", "--eval-rows", "16",
+            "--data", "{data}"),
+}  # fmt: skip
+
+
+def command(arguments: tuple[str, ...], output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "rlhf", "run", *arguments, "--save-every", "1", "--output", str(output), *more]
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(MACHINE_DEPENDENT)} for line in lines]
+
+
+def weights(output: Path) -> dict[str, str]:
+    files = sorted((output / "model").rglob("*.safetensors"))
+    assert files
+    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def wait_for_step(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
+    """Until the run has logged this step."""
+    log = output / "metrics.jsonl"
+    while process.poll() is None:
+        if log.is_file() and log.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments_equals_never_killed(name: str, tmp_path: Path) -> None:
+    # Few enough pairs that the run passes over them twice: the second pass uses log-probs kept from the first.
+    rows = [
+        {"prompt": f"Question: What is {a} + 1?\nAnswer:", "chosen": f" {a + 1}", "rejected": " 5"}
+        for a in range(10, 44)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = tuple(part.format(data=tmp_path / "pairs.jsonl") for part in RUNS[name])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(arguments, whole), check=True, env=environment, capture_output=True)
+
+    moments = random.Random(name)
+    steps = len(metrics(whole))
+    for target in sorted(moments.sample(range(1, steps), 5)):
+        process = subprocess.Popen(command(arguments, killed, "--resume"), env=environment, stderr=subprocess.DEVNULL)
+        wait_for_step(process, killed, target)
+        time.sleep(moments.uniform(0.0, 0.2))  # anywhere in a step, or in the writing of a checkpoint
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed: the test shows nothing"
+    done = subprocess.run(command(arguments, killed, "--resume"), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    assert metrics(killed) == metrics(whole)
+    assert weights(killed) == weights(whole)
+    summaries = [json.loads((place / "summary.json").read_text()) for place in (whole, killed)]
+    assert summaries[0]["heldout_before"] == summaries[1]["heldout_before"]
+    assert summaries[0]["heldout_after"] == summaries[1]["heldout_after"]

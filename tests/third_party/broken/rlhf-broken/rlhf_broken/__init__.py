@@ -1,0 +1,1 @@
+raise RuntimeError("this plugin can't be imported")
