@@ -18,7 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 MANIFEST = "manifest.json"
+_FORMAT = 1
 _TENSOR = "$tensor"
+_PLAIN = "$plain"
+"""Wraps a dict of the user's own whose only key is one of these two."""
 _FOLDER = re.compile(r"step-(\d{6,})")
 
 
@@ -42,13 +45,13 @@ def save(root: Path, step: int, state: Mapping[str, Any], heldout: Mapping[str, 
         tensors: dict[str, torch.Tensor] = {}
         tree[part] = _take_tensors(content, "", tensors)
         if tensors:
-            save_file(tensors, folder / f"{part}.safetensors")
+            save_file(_unshared(tensors), folder / f"{part}.safetensors")
     (folder / "state.json").write_text(json.dumps(tree), encoding="utf-8")
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"size": path.stat().st_size, "sha256": _hash(path)}
         _sync(path)
-    manifest = {"format": 1, "step": step, "heldout": heldout, "files": files}
+    manifest = {"format": _FORMAT, "step": step, "heldout": heldout, "files": files}
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
     _sync(root)
     return folder
@@ -77,8 +80,12 @@ def load(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"format {manifest['format']!r}, and this version reads {_FORMAT}")
         files: dict[str, dict[str, Any]] = manifest["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+        if "state.json" not in expected:
+            raise ValueError("it names no state.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST}: is no manifest: {error}") from error
     for name, (size, digest) in expected.items():
@@ -93,7 +100,12 @@ def load(folder: Path) -> dict[str, Any]:
     state = {}
     for part, content in tree.items():
         place = folder / f"{part}.safetensors"
-        state[part] = _give_tensors(content, load_file(place) if place.name in expected else {})
+        try:
+            state[part] = _give_tensors(content, load_file(place) if place.name in expected else {})
+        except KeyError as error:
+            raise ValueError(
+                f"{folder / MANIFEST}: was changed: no file of it holds tensor {error} of {part}"
+            ) from error
     return state
 
 
@@ -103,10 +115,16 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def prune(root: Path, keep: int, best: int | None) -> None:
-    """Keep the newest `keep`, and the best step besides."""
-    for saved in whole(root)[: -keep or None]:
-        if saved.step != best:
+def prune(root: Path, newest: int, keep: int, best: int | None) -> None:
+    """Keep the `keep` newest up to step `newest`, which was just saved, and the best step besides.
+
+    Later ones go: they were refused when the run resumed from an earlier one, and must not stand for good ones here.
+    """
+    found = whole(root)
+    kept = {saved.step for saved in found if saved.step <= newest}
+    kept = {*sorted(kept)[-keep:], best}
+    for saved in found:
+        if saved.step not in kept:
             remove(saved.path)
 
 
@@ -128,7 +146,8 @@ def _take_tensors(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> A
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise TypeError(f"state {where!r}: keys must be text, so that they come back as they were")
-        return {key: _take_tensors(item, f"{where}/{key}", tensors) for key, item in value.items()}
+        taken = {key: _take_tensors(item, f"{where}/{_escaped(key)}", tensors) for key, item in value.items()}
+        return {_PLAIN: taken} if set(value) in ({_TENSOR}, {_PLAIN}) else taken
     if isinstance(value, list | tuple):
         return [_take_tensors(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
     if value is None or isinstance(value, str | int | float | bool):
@@ -136,10 +155,28 @@ def _take_tensors(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> A
     raise TypeError(f"state {where!r} is a {type(value).__name__}: only JSON values and tensors can be kept")
 
 
+def _escaped(key: str) -> str:
+    """As in a JSON pointer, so that `{"a": {"b": ...}}` and `{"a/b": ...}` stay two tensors."""
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The file format refuses tensors that share memory: all but the first of them are copied."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return own
+
+
 def _give_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
+        if set(value) == {_PLAIN}:
+            value = value[_PLAIN]
         return {key: _give_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
         return [_give_tensors(item, tensors) for item in value]

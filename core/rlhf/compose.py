@@ -237,7 +237,7 @@ class _Composer:
         self._unplaced_options(picks, fill, draft)
         self._kinds_fit(algorithm, picks, draft)
         data = self._sources("data", self.recipe.data or ((starter.data,) if starter else ()), settings, draft)
-        if not data and not self.recipe.data:
+        if not self.recipe.data and starter is None:
             what = f"--data is needed: {algorithm.name} has no data of its own to start from"
             draft.request.append(Problem(what, row_needs(algorithm.data or PromptRow)))
         held_out = self.recipe.eval_data
@@ -358,7 +358,9 @@ class _Composer:
         for component in mem:
             if component not in used:
                 fits = any(_applies(component, role) for role in wanted)
-                why = "every role it is for has a choice of its own" if fits else f"it is for other roles than {names}"
+                why = (
+                    "every role it is for has a choice of its own" if fits else f"it is for none of {', '.join(names)}"
+                )
                 draft.combination.append(Problem(f"--mem {component.key} would do nothing: {why}", "leave it out"))
         return plans
 
@@ -441,8 +443,8 @@ class _Composer:
             place = Path(path).expanduser()
             claim = "/" if place.is_dir() else place.name.lower()
             if not place.exists():
-                known = tuple(suffix for entry in formats for suffix in entry.suffixes if suffix.startswith("."))
-                if path.startswith((".", "/", "~")) or path.count("/") > 1 or claim.endswith(known):
+                endings = tuple(suffix for entry in formats for suffix in entry.suffixes if suffix.startswith("."))
+                if path.startswith((".", "/", "~")) or path.count("/") > 1 or claim.endswith(endings):
                     draft.request.append(Problem(f"--{flag} {path}: there is no such file"))
                     continue
                 claim = "hub:"
@@ -552,6 +554,9 @@ def _combination_problems(plan: Plan, registry: Registry) -> list[Problem]:
         for component in role.mem:
             beside = everywhere.union(*(c.entry.provides for c in role.mem if c is not component))
             problems += _capabilities(component, everywhere | role.provides(), beside, registry, f" (role {role.name})")
+        strategies = [c.name for c in role.mem]
+        for name in sorted({name for name in strategies if strategies.count(name) > 1}):
+            problems.append(Problem(f"--mem {name} acts twice on role {role.name}", "leave all but one out"))
         slots = [_memory_entry(c).slot for c in role.mem]
         for slot in sorted({slot for slot in slots if slot and slots.count(slot) > 1}):
             rivals = " and ".join(c.name for c in role.mem if _memory_entry(c).slot == slot)

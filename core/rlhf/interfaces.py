@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.entries import Head
+from rlhf.errors import RowError
 from rlhf.plan import Plan
 from rlhf.rows import Message
 from rlhf.sequences import (
@@ -405,7 +406,7 @@ class Backend(Component):
 class Format(Component):
     """Reads data into records with the canonical keys of `rlhf.rows`."""
 
-    def read(self, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def read(self, path: str) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:
         """(where, record) for each row; `where` is "file:line" or "file, row i".
 
         Raises:

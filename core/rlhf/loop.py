@@ -324,7 +324,8 @@ class Loop:
 
     def _checkpoint(self, heldout: Mapping[str, float] | None) -> None:
         path = checkpoint.save(self.directory.checkpoints, self.step, self._state(), heldout)
-        checkpoint.prune(self.directory.checkpoints, self.parts.plan.run.keep, self.best[0] if self.best else None)
+        best = self.best[0] if self.best else None
+        checkpoint.prune(self.directory.checkpoints, self.step, self.parts.plan.run.keep, best)
         self._tell("checkpoint_saved", self.step, path)
 
     def _save_model(self) -> None:

