@@ -60,7 +60,7 @@ def assemble(plan: Plan, say: Say) -> Parts:
         score=score,
         feed=feed,
         trackers=[make(tracker, context) for tracker in plan.trackers],
-        last=None if run.max_steps else round(run.epochs * count),
+        last=None if run.max_steps else data.end_of(count, run.epochs),
     )
     if plan.online:
         if engine is None:

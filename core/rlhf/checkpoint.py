@@ -121,10 +121,9 @@ def prune(root: Path, newest: int, keep: int, best: int | None) -> None:
     Later ones go: they were refused when the run resumed from an earlier one, and must not stand for good ones here.
     """
     found = whole(root)
-    kept = {saved.step for saved in found if saved.step <= newest}
-    kept = {*sorted(kept)[-keep:], best}
+    newest_steps = [saved.step for saved in found if saved.step <= newest][-keep:]
     for saved in found:
-        if saved.step not in kept:
+        if saved.step not in newest_steps and saved.step != best:
             remove(saved.path)
 
 

@@ -33,13 +33,18 @@ _MOST_DRAFTS = 400
 """Drafts tried before giving up; each takes well under a millisecond."""
 
 
-def compose(recipe: Recipe, registry: Registry, machine: Machine) -> Plan:
+def compose(
+    recipe: Recipe, registry: Registry, machine: Machine, models: Mapping[str, ModelFacts] | None = None
+) -> Plan:
     """Check and freeze a recipe.
+
+    Args:
+        models: facts of models that aren't there yet, by what the recipe calls them: a pipeline's later stages.
 
     Raises:
         RequestError: with all problems at once and, where it is a matter of combination, the nearest legal one.
     """
-    return _Composer(recipe, registry, machine).solve()
+    return _Composer(recipe, registry, machine, models or {}).solve()
 
 
 def chosen_entries(recipe: Recipe, registry: Registry) -> dict[str, dict[str, Entry]]:
@@ -89,6 +94,7 @@ class _Composer:
     recipe: Recipe
     registry: Registry
     machine: Machine
+    models: Mapping[str, ModelFacts] = attrs.Factory(dict)
 
     def named(self) -> Picks:
         return {kind: picks for kind, picks in self.recipe.picks.items() if picks}
@@ -380,7 +386,7 @@ class _Composer:
             flag = "--model PATH" if role.start == "model" else f"--model {role.name}=PATH"
             draft.request.append(Problem(what, f"give it with {flag}"))
             return None
-        found = facts.model(path, role.name)
+        found = self.models[path] if path in self.models else facts.model(path, role.name)
         if isinstance(found, Problem):
             draft.request.append(found)
             return None
@@ -401,7 +407,8 @@ class _Composer:
             if slot and slot not in taken and _applies(component, role):
                 own.append(component)
                 taken.add(slot)
-        return tuple(sorted({component.key: component for component in own}.values(), key=phase_order))
+        once = [component for i, component in enumerate(own) if component not in own[:i]]  # said twice is once
+        return tuple(sorted(once, key=phase_order))
 
     def _placed(
         self, role: Role, model: ModelFacts, mem: tuple[Component, ...], named: list[Component], draft: _Draft,
@@ -538,8 +545,7 @@ def _memory_entry(component: Component) -> MemoryEntry:
 
 
 def _applies(component: Component, role: Role) -> bool:
-    applies = _memory_entry(component).applies
-    return applies == "all" or (applies == "trainable") == role.trainable
+    return _memory_entry(component).acts_on(role)
 
 
 def _combination_problems(plan: Plan, registry: Registry) -> list[Problem]:

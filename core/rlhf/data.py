@@ -116,7 +116,7 @@ class Feed:
     @classmethod
     def of(cls, count: int, batch_size: int, seed: int, epochs: float, max_steps: int | None) -> Feed:
         """As many steps as asked for; else as many as `epochs` passes take, the last one perhaps smaller."""
-        return cls(count, batch_size, seed, max_steps or max(1, -(-round(epochs * count) // batch_size)))
+        return cls(count, batch_size, seed, max_steps or -(-end_of(count, epochs) // batch_size))
 
     def rows(self, step: int, last: int | None = None) -> list[int]:
         """Row numbers of a step (from 0). Passes follow each other without a seam, each in an order of its own.
@@ -134,6 +134,11 @@ class Feed:
 
     def _order(self, number: int) -> np.ndarray[Any, Any]:
         return _permutation(self.seed, number, self.count)
+
+
+def end_of(count: int, epochs: float) -> int:
+    """How many positions so many passes have; one at least."""
+    return max(1, round(epochs * count))
 
 
 _orders: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}

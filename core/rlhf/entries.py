@@ -134,6 +134,10 @@ class MemoryEntry(Entry):
     slot: str = ""
     """At most one strategy per slot and role, such as "precision". A slot with ranked members is always filled."""
 
+    def acts_on(self, role: Role) -> bool:
+        """Whether it is for this role where the user doesn't say for which."""
+        return self.applies == "all" or (self.applies == "trainable") == role.trainable
+
 
 @attrs.frozen(kw_only=True)
 class OptimizerEntry(Entry):

@@ -220,6 +220,8 @@ class Loop:
         factor = parts.optimizer.factor(self.step, self.steps)
         sums: dict[str, float] = {}
         updates = 0
+        if not len(experience):  # the algorithm left every rollout out: nothing to learn, and no loss to report
+            return {"loss": math.nan, "optim/updates": 0.0}
         for epoch in range(algorithm.epochs):
             for rows in self._minibatches(experience, epoch):
                 metrics = self._update(experience.select(rows), factor)
@@ -312,6 +314,7 @@ class Loop:
             "engine": parts.sampler.engine.state() if parts.sampler else {},
             "rewards": {s.name: s.reward.state() for s in parts.sampler.sources} if parts.sampler else {},
             "data": parts.data.state() if parts.data else {},
+            "heldout_data": parts.heldout_data.state() if parts.heldout_data else {},
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -321,6 +324,8 @@ class Loop:
         self.heldout_before, self.heldout_after = loop["heldout_before"], loop["heldout_after"]
         self._seconds_before = loop["wall_seconds"]
         restore(parts, state)
+        if parts.heldout_data:
+            parts.heldout_data.load_state(state["heldout_data"])
 
     def _checkpoint(self, heldout: Mapping[str, float] | None) -> None:
         path = checkpoint.save(self.directory.checkpoints, self.step, self._state(), heldout)
@@ -404,6 +409,15 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> None:
 
 def evaluate(parts: Parts) -> dict[str, float]:
     """Held-out means, with seeds that never change; empty where nothing is held out. Leaves no trace in the run."""
+    sink = parts.context.metrics
+    reported, sink.sums = sink.sums, {}  # what components report of held-out rows is not of the next step
+    try:
+        return _heldout_means(parts)
+    finally:
+        sink.sums = reported
+
+
+def _heldout_means(parts: Parts) -> dict[str, float]:
     run = parts.plan.run
     reseed(derive(run.seed, "heldout"))
     if parts.sampler is not None and parts.heldout_prompts:

@@ -76,13 +76,10 @@ class OfflineData:
         return Experience(sequences, None, **fields)
 
     def _keep(self, rows: Sequence[int], experience: Experience) -> None:
-        before = set(self.rows[rows[0]][0].fields)
         per_row = [len(self.rows[row]) for row in rows]
         tokens_per_row = [sum(len(e.response) for e in self.rows[row]) for row in rows]
         tokens = {name: value.split(tokens_per_row) for name, value in experience.of_tokens.items()}
-        responses = {
-            name: value.split(per_row) for name, value in experience.of_responses.items() if name not in before
-        }
+        responses = {name: value.split(per_row) for name, value in experience.of_responses.items()}
         for i, row in enumerate(rows):
             self._kept[row] = _Kept(
                 {name: parts[i].clone() for name, parts in tokens.items()},

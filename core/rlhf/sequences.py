@@ -47,12 +47,15 @@ class Sequences:
             group: for each response its group; left out, its prompt.
         """
         index = list(range(len(responses))) if prompt_of is None else list(prompt_of)
+        for name, given in (("prompt_of", index), ("masks", masks), ("group", group)):
+            if given is not None and len(given) != len(responses):
+                raise ValueError(f"{name} has {len(given)} items for {len(responses)} responses")
         lengths = torch.tensor([len(response) for response in responses], dtype=torch.long)
         tokens = torch.cat(list(responses)).long() if responses else torch.zeros(0, dtype=torch.long)
         mask = torch.ones(len(tokens), dtype=torch.bool)
-        for i, (start, given) in enumerate(zip(_starts(lengths), masks or (), strict=False)):
-            if given is not None:
-                mask[start : start + int(lengths[i])] = given
+        for start, length, own in zip(_starts(lengths), lengths.tolist(), masks or [None] * len(lengths), strict=True):
+            if own is not None:
+                mask[start : start + length] = own
         return cls(
             tuple(prompts),
             torch.tensor(index, dtype=torch.long),

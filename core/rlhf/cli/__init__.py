@@ -55,7 +55,9 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; exits with 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
     try:
-        code = cli.main(args=arguments, prog_name="rlhf", standalone_mode=False)
+        # Not cli.main: it would turn a broken pipe into exit code 1.
+        with cli.make_context("rlhf", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            code = cli.invoke(context)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)

@@ -40,7 +40,7 @@ class PPOConfig:
 
     epochs: int = option(4, help="passes over each batch of rollouts", ge=1)
     minibatches: int = option(1, help="optimiser steps a pass", ge=1)
-    clip_range: float = option(0.2, help="how far the ratio may pull a token", source="PPO, eq. 7", gt=0)
+    clip_range: float = option(0.2, help="how far the ratio may pull a token", source="PPO, eq. 7", gt=0, le=1)
     value_clip_range: float | None = option(0.2, help="how far a value may move from its old one; none: free", gt=0)
     value_coef: float = option(0.1, help="weight of the value loss", ge=0)
     entropy_coef: float = option(
@@ -75,6 +75,8 @@ class PPOConfig:
     def __attrs_post_init__(self) -> None:
         if self.kl_control == "adaptive" and self.kl_coef == 0:
             raise ValueError("kl_control adaptive needs a kl_coef above 0 to start from")
+        if self.critic_warmup and self.value_model == "shared":
+            raise ValueError("critic_warmup needs value_model separate: on a shared trunk the policy would learn too")
         if self.missing_eos == "subtract" and (self.missing_eos_value or 0) < 0:
             raise ValueError("missing_eos_value is subtracted, so it must be >= 0")
 

@@ -80,10 +80,16 @@ class Single(Backend):
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state["parameters"][name])
-        for name, moments in state["optimizer"].items():
-            parameter = self._parameters[name]
-            self._optimizer.state[parameter] = {
-                # Moments live beside their parameter; a step counter stays where the optimiser made it.
-                key: value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value
-                for key, value in moments.items()
-            }
+        names = {parameter: name for name, parameter in self._parameters.items()}
+        self._optimizer.state.clear()
+        for group in self._optimizer.param_groups:
+            # Moments live beside their parameter; a step counter does where the kernel reads it, else on the CPU.
+            counts_there = bool(group.get("fused") or group.get("capturable"))
+            for parameter in group["params"]:
+                if moments := state["optimizer"].get(names[parameter]):
+                    self._optimizer.state[parameter] = {
+                        key: value.to(parameter.device)
+                        if isinstance(value, Tensor) and (value.ndim or counts_there)
+                        else value
+                        for key, value in moments.items()
+                    }

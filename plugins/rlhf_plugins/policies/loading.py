@@ -125,8 +125,11 @@ def _merged(model: Any, spec: LoadSpec) -> PreTrainedModel:
 
     if "quantization_config" in spec.arguments:
         what = f"--model {spec.model}: is an adapter, and merging it into quantised weights would round it away"
-        raise RequestError(Problem(what, f"merge it first: rlhf export {spec.model}"))
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, spec.model).merge_and_unload()
+        raise RequestError(Problem(what, "merge it into its base first, or load it unquantised"))
+    config = adapter_config(spec.model)
+    if spec.head == "scalar" and config.task_type == "CAUSAL_LM":
+        config.task_type = None  # a language model's adapter under a scalar head: PEFT's wrapper for it wants generation
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, spec.model, config=config).merge_and_unload()
     return merged
 
 

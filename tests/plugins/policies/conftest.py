@@ -8,9 +8,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

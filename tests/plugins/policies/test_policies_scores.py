@@ -128,9 +128,7 @@ def test_scalars_are_read_before_each_response_token_and_at_the_last(
             torch.testing.assert_close(scores.score[i], by_hand[-1], **FP32)
 
 
-def test_one_forward_of_the_trunk_serves_every_head(
-    folder: Any, policy: Any, spec: Any, ragged: Sequences
-) -> None:
+def test_one_forward_of_the_trunk_serves_every_head(folder: Any, policy: Any, spec: Any, ragged: Sequences) -> None:
     hf = policy(layout="padded")
     module = hf.load(spec(folder("llama")))
     head = hf.add_scalar_head(module, "value", "normal", seed=1)
@@ -222,7 +220,7 @@ def test_checkpointing_of_transformers_recomputes_and_changes_no_gradient(
     expected = gradients(module)
     module.gradient_checkpointing_enable()
     calls: list[int] = []
-    module.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    module.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     (scores,) = hf.score(module, ragged, [LM])
     forwards = len(calls)
     scores.logp.sum().backward()

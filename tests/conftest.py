@@ -1,0 +1,72 @@
+"""Shared fixtures: a tiny model, a machine that is the same everywhere, recipes as they are typed, small registries."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from rlhf import registry as registries
+from rlhf.cli.recipes import RecipeCommand, recipe_of, recipe_options
+from rlhf.entries import Entry, StarterEntry
+from rlhf.facts import Machine
+from rlhf.plan import resource
+from rlhf.recipe import Recipe
+from rlhf.registry import Registry
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny model (weights, tokenizer, chat template) in a folder of its own. Not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(resource("rlhf_plugins.starter:model"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed() -> Registry:
+    """What is installed here."""
+    return registries.load()
+
+
+@pytest.fixture
+def machine() -> Machine:
+    """Two cores with bf16, no GPU, whatever the tests run on."""
+    return Machine(2, frozenset({"avx2", "avx512_bf16"}), 8 << 30, (), 1)
+
+
+@click.command(cls=RecipeCommand)
+@recipe_options
+@click.pass_context
+def _read(ctx: click.Context, /, recipe_file: str | None, **flags: Any) -> Recipe:
+    return recipe_of(ctx, recipe_file, flags)
+
+
+@pytest.fixture
+def typed() -> Callable[..., Recipe]:
+    """The recipe that a command line means: typed("--algo", "ppo", "--mem=lora")."""
+
+    def read(*words: str) -> Recipe:
+        found = _read.main(list(words), standalone_mode=False)
+        assert isinstance(found, Recipe)
+        return found
+
+    return read
+
+
+@pytest.fixture
+def make_registry() -> Callable[..., Registry]:
+    """A registry of the entries and starters given, and nothing else."""
+
+    def make(*entries: Entry, starters: tuple[StarterEntry, ...] = ()) -> Registry:
+        registry = Registry()
+        for entry in entries:
+            registry.add(entry, registries._Source("fake", "fake-package", "1.0"))
+        registry.starters.extend(starters)
+        return registry
+
+    return make

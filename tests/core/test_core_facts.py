@@ -1,0 +1,140 @@
+"""Facts of models and machines, read without torch: what each folder, path and hub id is taken for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf import facts
+from rlhf.errors import Problem
+from rlhf.facts import Gpu, Machine, ModelFacts
+
+
+def folder(path: Path, **content: Any) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in content.items():
+        (path / f"{name}.json").write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def found(path: Path | str, role: str = "") -> ModelFacts:
+    made = facts.model(str(path), role)
+    assert isinstance(made, ModelFacts), made
+    return made
+
+
+def test_facts_of_a_folder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = found(tiny_model)
+    assert made.known
+    assert made.architecture.endswith("ForCausalLM")
+    assert made.context is not None
+    monkeypatch.chdir(tiny_model.parent)
+    assert found(tiny_model.name) == made  # absolute, whatever was typed
+
+
+def test_facts_of_nested_configs(tmp_path: Path) -> None:
+    made = found(folder(tmp_path, config={"text_config": {"max_position_embeddings": 64}, "vocab_size": 9}))
+    assert (made.context, made.get("vocab_size", "no"), made.get("no")) == (64, 9, None)
+
+
+def test_a_run_is_resolved_to_the_role_asked_for(tmp_path: Path) -> None:
+    folder(tmp_path / "model", config={"n": 1})
+    folder(tmp_path / "model" / "value", config={"n": 2})
+    assert found(tmp_path, "policy").path == str(tmp_path / "model")
+    assert found(tmp_path, "value").path == str(tmp_path / "model" / "value")
+    assert found(tmp_path).path == str(tmp_path / "model")
+
+
+def test_a_run_of_one_role_of_another_name(tmp_path: Path) -> None:
+    folder(tmp_path / "model" / "reward", adapter_config={"base_model_name_or_path": "org/base"})
+    assert found(tmp_path, "helpful").path == str(tmp_path / "model" / "reward")
+    folder(tmp_path / "model" / "other", config={})
+    problem = facts.model(str(tmp_path), "helpful")
+    assert isinstance(problem, Problem)
+    assert problem.fix == "it holds these, one a role: other, reward"
+
+
+def test_an_adapter_has_the_facts_of_its_base(tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", config={"vocab_size": 7})
+    adapter = folder(tmp_path / "adapter", adapter_config={"base_model_name_or_path": str(base)})
+    assert found(adapter) == ModelFacts(str(adapter), {"vocab_size": 7})
+    hub = folder(tmp_path / "hub", adapter_config={"base_model_name_or_path": "org/elsewhere"})
+    assert found(hub) == ModelFacts(str(hub), None)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({}, "the folder holds no model"),
+        ({"config": "{"}, "config.json cannot be read"),
+        ({"config": "[]"}, "config.json holds no JSON object"),
+        ({"adapter_config": "{"}, "adapter_config.json cannot be read"),
+        ({"adapter_config": "[]"}, "adapter_config.json holds no JSON object"),
+        ({"adapter_config": "{}"}, "is an adapter that names no base model"),
+        ({"adapter_config": {"base_model_name_or_path": None}}, "is an adapter that names no base model"),
+        ({"adapter_config": {"base_model_name_or_path": "/gone/base"}}, "is an adapter of /gone/base"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path: Path, content: dict[str, Any], what: str) -> None:
+    problem = facts.model(str(folder(tmp_path / "m", **content)))
+    assert isinstance(problem, Problem)
+    assert what in problem.what
+    assert str(tmp_path / "m") in problem.what
+
+
+def test_an_adapter_of_itself(tmp_path: Path) -> None:
+    path = folder(tmp_path, adapter_config={"base_model_name_or_path": str(tmp_path)})
+    problem = facts.model(str(path))
+    assert isinstance(problem, Problem)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./no", "~/no-such-model", "a/b/c"])
+def test_a_path_that_is_not_there(path: str) -> None:
+    problem = facts.model(path)
+    assert isinstance(problem, Problem)
+    assert problem.what == f"--model {path}: there is no such folder"
+
+
+def test_a_file_is_no_model(tiny_model: Path) -> None:
+    problem = facts.model(str(tiny_model / "config.json"))
+    assert isinstance(problem, Problem)
+    assert problem.what.endswith("is a file")
+
+
+def test_a_hub_id_is_unknown_until_it_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert found("org/name") == ModelFacts("org/name", None)
+    cache = tmp_path / "hub" / "models--org--name"
+    folder(cache / "snapshots" / "abc", config={"vocab_size": 3})
+    folder(cache / "refs")
+    (cache / "refs" / "main").write_text("abc\n")
+    assert found("org/name") == ModelFacts("org/name", {"vocab_size": 3})
+
+
+GPU_80 = Gpu("A", 80 << 30, (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "provides"),
+    [
+        ({"avx512_bf16"}, (), {"bf16"}),
+        ({"amx_bf16"}, (), {"bf16"}),
+        ({"bf16"}, (), {"bf16"}),  # as Linux on ARM calls it
+        ({"avx2", "avx512f"}, (), set()),
+        ({"avx2"}, (GPU_80,), {"cuda", "bf16"}),
+        ({"avx512_bf16"}, (GPU_80, Gpu("B", 1, (7, 5))), {"cuda"}),  # the weakest GPU says
+    ],
+)
+def test_what_a_machine_provides(flags: set[str], gpus: tuple[Gpu, ...], provides: set[str]) -> None:
+    assert Machine(1, frozenset(flags), 1, gpus, 1).provides == provides
+
+
+def test_this_machine() -> None:
+    made = facts.machine(3)
+    assert made.cpus >= 1
+    assert made.memory_bytes > 1 << 20
+    assert made.world_size == 3

@@ -1,0 +1,275 @@
+"""The registry: whatever a plugin does wrong is told with its distribution, and harms nobody else.
+
+Distributions are real `.dist-info` folders on the path, found as pip's are.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf import registry as registries
+from rlhf.entries import Entry
+from rlhf.errors import Problem, RequestError
+from rlhf.registry import Offer, Registry, resolve, status_of
+
+HEAD = "from rlhf.api import *\nfrom rlhf.api import hookimpl\nimport attrs\n"
+GOOD = (
+    HEAD
+    + "@hookimpl\ndef rlhf_memory():\n    yield MemoryEntry(name={name!r}, summary='s', impl='a:B', phase='load')\n"
+)
+
+
+class Site:
+    """A folder on the import path to install fake distributions into."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def install(self, distribution: str, source: str, module: str = "", point: str = "") -> str:
+        """Put a distribution there whose entry point names a module of this source."""
+        module = module or "fake_plugin_" + distribution.replace("-", "_")
+        (self.folder / f"{module}.py").write_text(source)
+        self.metadata(distribution, f"[rlhf]\n{point or distribution} = {module}\n")
+        return module
+
+    def metadata(self, distribution: str, points: str, version: str = "1.2") -> None:
+        info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(points)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith("fake_plugin_")]:
+        monkeypatch.delitem(sys.modules, name)
+    return Site(tmp_path)
+
+
+def warned(registry: Registry, distribution: str) -> str:
+    """The one warning that names a distribution."""
+    found = [warning for warning in registry.warnings if f"{distribution} 1.2" in warning]
+    assert len(found) == 1, registry.warnings
+    return found[0]
+
+
+def of(registry: Registry, distribution: str) -> list[Offer]:
+    return [offer for offer in registry.offers if offer.distribution == distribution]
+
+
+def unharmed(registry: Registry, installed: Registry) -> bool:
+    """Everybody else's components are there as they were."""
+    return {(o.kind, o.name, o.status) for o in installed.offers} <= {
+        (o.kind, o.name, o.status) for o in registry.offers
+    }
+
+
+def test_what_is_installed_loads_without_a_complaint(installed: Registry) -> None:
+    ours = of(installed, "rlhf-kit")
+    assert {offer.kind for offer in ours} == {
+        "algo", "policy", "engine", "reward", "mem", "optim", "backend", "format", "track", "launch",
+    }  # fmt: skip
+    assert not [warning for warning in installed.warnings if "rlhf-kit" in warning]
+    assert all(offer.version == importlib.metadata.version("rlhf-kit") for offer in ours)
+
+
+def test_a_new_distribution_is_found_at_once(site: Site, installed: Registry) -> None:
+    site.install("fake-good", GOOD.format(name="fake-mem"))
+    registry = registries.load()
+    assert [(o.kind, o.name, o.version, o.status) for o in of(registry, "fake-good")] == [
+        ("mem", "fake-mem", "1.2", "ok")
+    ]
+    assert isinstance(registry.find("mem", "fake-mem"), Entry)
+    assert unharmed(registry, installed)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("raise RuntimeError('half installed')", "RuntimeError: half installed"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def broken(:", "SyntaxError"),
+        (HEAD, "implements no hook; is @hookimpl missing?"),
+        (HEAD + "@hookimpl\ndef rlhf_algos(): return []", "unknown hooks: rlhf_algos"),
+        (HEAD + "@hookimpl\ndef rlhf_memory(): 1 / 0", "rlhf_memory failed: ZeroDivisionError"),
+        (HEAD + "@hookimpl\ndef rlhf_memory(): return 3", "rlhf_memory failed: TypeError"),
+        (HEAD + "@hookimpl\ndef rlhf_memory(config): return []", "config"),
+        (HEAD + "@hookimpl\ndef rlhf_memory(): yield 'lora'", "rlhf_memory yields MemoryEntry, not str"),
+        (
+            HEAD + "@hookimpl\ndef rlhf_engines(): yield PolicyEntry(name='x', summary='', impl='a:B')",
+            "rlhf_engines yields EngineEntry, not PolicyEntry",
+        ),
+        (HEAD + "@hookimpl\ndef rlhf_starters(): yield {}", "rlhf_starters yields StarterEntry, not dict"),
+        (
+            HEAD + "@hookimpl\ndef rlhf_memory(): yield MemoryEntry(name=None, summary='', impl='a:B', phase='load')",
+            "the entry None is malformed",
+        ),
+        (
+            HEAD + "@hookimpl\ndef rlhf_policies(): yield PolicyEntry(name='x', summary='', impl='a:B', modules=['m'])",
+            "the entry 'x' is malformed",
+        ),
+    ],
+)
+def test_a_plugin_of_which_nothing_can_be_used(site: Site, installed: Registry, source: str, reason: str) -> None:
+    site.install("fake-bad", source)
+    site.install("fake-good", GOOD.format(name="fake-mem"))
+    registry = registries.load()
+    (offer,) = of(registry, "fake-bad")
+    assert (offer.kind, offer.name, offer.status) == ("", "fake-bad", "failed")
+    assert reason in offer.reason
+    assert offer.reason in warned(registry, "fake-bad")
+    assert of(registry, "fake-good")[0].status == "ok"
+    assert unharmed(registry, installed)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("PolicyEntry(name='Big', summary='s', impl='a:B')", "'Big' is no legal name"),
+        ("PolicyEntry(name='x', summary='s', impl='a.b')", "impl must read 'module:Class', not 'a.b'"),
+        ("PolicyEntry(name='x', summary='s', impl='a:B', config=dict)", "config must be an attrs class"),
+        ("PolicyEntry(name='x', summary='s', impl='a:B', rank='high')", "rank must be an int, not 'high'"),
+        ("PolicyEntry(name='x', summary='s', impl='a:B', api_version=99)", "made for plugin API 99, this is 1"),
+        (
+            "PolicyEntry(name='x', summary='s', impl='a:B', config=attrs.make_class('C', ['name']))",
+            "an option can't be called name",
+        ),
+        (
+            "PolicyEntry(name='x', summary='s', impl='a:B', "
+            "config=attrs.make_class('C', {'f': attrs.field(type='NoSuchType')}))",
+            "the types of its config can't be read: NameError",
+        ),
+    ],
+)
+def test_an_ill_made_entry_is_fatal_only_when_it_is_asked_for(
+    site: Site, installed: Registry, entry: str, reason: str
+) -> None:
+    site.install("fake-bad", HEAD + f"@hookimpl\ndef rlhf_policies():\n    yield {entry}\n")
+    registry = registries.load()
+    (offer,) = of(registry, "fake-bad")
+    assert (offer.kind, offer.status) == ("policy", "failed")
+    assert reason in offer.reason
+    assert reason in warned(registry, "fake-bad")
+    found = registry.find("policy", offer.name)
+    assert isinstance(found, Problem)
+    assert "from fake-bad" in found.what
+    assert offer.name not in [entry.name for entry in registry.entries("policy")]
+    assert unharmed(registry, installed)
+
+
+def test_an_entry_point_name_that_is_taken_is_told_with_both_distributions(site: Site) -> None:
+    site.install("fake-first", GOOD.format(name="fake-one"), point="same")
+    site.install("fake-second", GOOD.format(name="fake-two"), point="same")
+    registry = registries.load()
+    assert [offer.status for offer in of(registry, "fake-first")] == ["ok"]
+    (lost,) = of(registry, "fake-second")
+    assert lost.status == "failed"
+    assert "its entry-point name is taken by fake-first 1.2 (entry point 'same')" in lost.reason
+
+
+def test_a_component_name_that_is_taken_stays_with_the_first(site: Site, installed: Registry) -> None:
+    site.install("fake-thief", GOOD.format(name="fp32"))
+    registry = registries.load()
+    (lost,) = of(registry, "fake-thief")
+    assert (lost.kind, lost.name, lost.status) == ("mem", "fp32", "failed")
+    assert "the name is taken by rlhf-kit" in lost.reason
+    kept = registry.offer("mem", "fp32")
+    assert kept is not None
+    assert (kept.distribution, kept.status) == ("rlhf-kit", "ok")
+    assert unharmed(registry, installed)
+
+
+def test_two_entry_points_to_one_module_are_told(site: Site) -> None:
+    module = site.install("fake-twice", GOOD.format(name="fake-mem"))
+    site.metadata("fake-again", f"[rlhf]\nagain = {module}\n")
+    registry = registries.load()
+    states = {offer.distribution: offer.status for offer in registry.offers if offer.distribution.startswith("fake-")}
+    assert sorted(states.values()) == ["failed", "ok"]
+
+
+def test_a_missing_module_is_told_with_how_to_install_it(site: Site) -> None:
+    source = GOOD.replace("phase='load'", "phase='load', modules={{'no_such_module': 'pip install it'}}")
+    site.install("fake-lacking", source.format(name="fake-mem"))
+    registry = registries.load()
+    (offer,) = of(registry, "fake-lacking")
+    assert (offer.status, offer.reason) == ("missing", "needs the module 'no_such_module': pip install it")
+    assert not [warning for warning in registry.warnings if "fake-lacking" in warning]  # nothing is broken
+    found = registry.find("mem", "fake-mem")
+    assert isinstance(found, Problem)
+    assert "pip install it" in found.what
+
+
+def test_a_module_that_breaks_on_the_way_to_it_counts_as_missing(site: Site) -> None:
+    (site.folder / "fake_plugin_parent").mkdir()
+    (site.folder / "fake_plugin_parent" / "__init__.py").write_text("raise RuntimeError('no driver')")
+    source = GOOD.replace("phase='load'", "phase='load', modules={{'fake_plugin_parent.child': 'pip install it'}}")
+    site.install("fake-lacking", source.format(name="fake-mem"))
+    assert [offer.status for offer in of(registries.load(), "fake-lacking")] == ["missing"]
+
+
+def test_a_heavy_import_in_an_entry_module_is_told_and_the_plugin_works(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    (site.folder / "vllm.py").write_text("")  # stands for the real one, which nothing here needs
+    site.install("fake-heavy", "import vllm\n" + GOOD.format(name="fake-mem"))
+    registry = registries.load()
+    monkeypatch.delitem(sys.modules, "vllm")
+    assert "imports vllm in its entry module 'fake_plugin_fake_heavy'" in warned(registry, "fake-heavy")
+    assert of(registry, "fake-heavy")[0].status == "ok"
+
+
+@pytest.mark.parametrize("points", ["[rlhf]\nno equals sign\n", "[rlhf]\nx = not a module!\n"])
+def test_damaged_metadata_is_told(site: Site, installed: Registry, points: str) -> None:
+    site.metadata("fake-damaged", points)
+    registry = registries.load()
+    assert any("fake_damaged" in warning or "fake-damaged" in warning for warning in registry.warnings)
+    assert unharmed(registry, installed)
+
+
+def test_one_distribution_found_twice_on_the_path_counts_once(
+    site: Site, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.install("fake-good", GOOD.format(name="fake-mem"))
+    behind = tmp_path_factory.mktemp("behind")
+    Site(behind).install("fake-good", GOOD.format(name="fake-old"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(behind)])
+    assert [offer.name for offer in of(registries.load(), "fake-good")] == ["fake-mem"]
+
+
+def test_a_name_that_nobody_has(site: Site) -> None:
+    site.install("fake-bad", "raise RuntimeError('x')")
+    registry = registries.load()
+    near = registry.find("mem", "lroa")
+    assert isinstance(near, Problem)
+    assert near.what == "there is no --mem 'lroa'"
+    assert near.fix.startswith("did you mean 'lora'? installed: ")
+    assert "a plugin that failed to load may have offered it: fake-bad" in near.fix
+
+
+def test_the_highest_rank_comes_first(make_registry: Callable[..., Registry]) -> None:
+    from rlhf.api import MemoryEntry
+
+    made = [
+        MemoryEntry(name=f"fake-{i}", summary="", impl="a:B", phase="load", rank=rank) for i, rank in enumerate((1, 5))
+    ]
+    assert [entry.name for entry in make_registry(*made).entries("mem")] == ["fake-1", "fake-0"]
+
+
+def test_the_listing_has_the_fields_that_outsiders_read(installed: Registry) -> None:
+    rows = status_of(installed.offers)
+    assert all(list(row) == ["kind", "name", "summary", "distribution", "version", "status", "reason"] for row in rows)
+
+
+@pytest.mark.parametrize("reference", ["no_such_module:Thing", "rlhf.errors:NoSuchThing"])
+def test_an_implementation_that_is_not_there(reference: str) -> None:
+    with pytest.raises(RequestError, match=f"{reference} could not be imported"):
+        resolve(reference)
+    assert resolve("rlhf.errors:Problem") is Problem

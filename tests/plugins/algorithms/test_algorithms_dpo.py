@@ -1,0 +1,130 @@
+"""DPO through its class: each loss at one worked pair, its gradient, the first step, and what is logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.interfaces import Context
+from rlhf.options import structure
+from rlhf.rows import PreferenceRow
+from rlhf_plugins.algorithms import DPOConfig
+from rlhf_plugins.algorithms.dpo import DPO
+
+Make = Callable[..., Any]
+
+
+def dpo(context: Context, **options: Any) -> DPO:
+    return DPO(DPOConfig(**options), context)
+
+
+def flat(*sums: tuple[float, int]) -> Tensor:
+    """Log-probs of sequences of such sums and lengths, uneven within each, so that a mean isn't taken for a sum."""
+    parts = []
+    for total, n in sums:
+        weights = torch.arange(1.0, n + 1, dtype=torch.float64)
+        parts.append(total * weights / weights.sum())
+    return torch.cat(parts).requires_grad_()
+
+
+def learnt(algorithm: DPO, pairs: Make, batch: Make, hand: Make, *of_pairs: Any) -> tuple[Tensor, Any, Tensor]:
+    """(loss, batch, log-probs): each pair is (chosen, rejected) of (policy's sum, reference's sum, tokens)."""
+    members = [member for pair in of_pairs for member in pair]
+    logp = flat(*((policy, n) for policy, _, n in members))
+    score = hand(policy={"logp": logp}, reference={"logp": flat(*((ref, n) for _, ref, n in members)).detach()})
+    experience = algorithm.experience(pairs([n for _, _, n in members]), score)
+    assert [role for role, _ in score.asked] == ["reference"]
+    score.asked.clear()
+    given = batch(experience)
+    loss = algorithm.loss(given, score)
+    assert [role for role, _ in score.asked] == ["policy"]  # the reference is not run again
+    return loss, given, logp
+
+
+# c = policy - reference of the chosen = 1 over 5 tokens, r of the rejected = -.5 over 4: D = 1.5, beta .1.
+PAIR = ((-10.0, -11.0, 5), (-12.0, -11.5, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ({}, 0.620957),  # -log s(.15)
+        ({"loss": "hinge"}, 0.85),  # 1 - .15
+        ({"loss": "ipo"}, 21.855625),  # (1/5 + .5/4 - 5)^2 = 4.675^2
+        ({"label_smoothing": 0.1}, 0.635957),  # .9 x .620957 + .1 x .770957
+    ],
+    ids=str,
+)
+def test_loss_of_a_worked_pair(
+    context: Context, pairs: Make, batch: Make, hand: Make, options: dict[str, Any], value: float
+) -> None:
+    loss, _, _ = learnt(dpo(context, beta=0.1, **options), pairs, batch, hand, PAIR)
+    assert float(loss.detach()) == pytest.approx(value, abs=5e-7)  # the value's own rounding, to six digits
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"loss": "hinge"}, {"loss": "ipo"}], ids=str)
+def test_gradient_raises_the_chosen_and_lowers_the_rejected(
+    context: Context, pairs: Make, batch: Make, hand: Make, options: dict[str, Any]
+) -> None:
+    loss, _, logp = learnt(dpo(context, beta=0.1, **options), pairs, batch, hand, PAIR)
+    loss.backward()  # type: ignore[no-untyped-call]
+    s = 1 / (1 + math.exp(-0.15))
+    slopes = {"": -0.1 * (1 - s), "label_smoothing": -0.1 * (0.9 * (1 - s) - 0.1 * s), "hinge": -0.1, "ipo": 0.0}
+    slope = slopes[options.get("loss", next(iter(options), ""))]
+    chosen, rejected = slope, -slope
+    if options.get("loss") == "ipo":  # 2 (c/5 - r/4 - 5) / n
+        chosen, rejected = 2 * -4.675 / 5, 2 * 4.675 / 4
+    assert logp.grad is not None
+    assert logp.grad.tolist() == pytest.approx([chosen] * 5 + [rejected] * 4, rel=1e-9)
+
+
+def test_the_mean_is_over_the_pairs_of_the_step(context: Context, pairs: Make, batch: Make, hand: Make) -> None:
+    other = ((-8.0, -6.0, 3), (-4.0, -5.0, 2))  # c = -2, r = 1: D = -3
+    loss, given, _ = learnt(dpo(context, beta=0.1), pairs, batch, hand, PAIR, other)
+    first, second = math.log1p(math.exp(-0.15)), math.log1p(math.exp(0.3))
+    assert float(loss.detach()) == pytest.approx((first + second) / 2, rel=1e-9)
+    assert {name: float(part) for name, part in given.logged.items()} == pytest.approx(
+        {
+            "reward/accuracy": 0.5,
+            "reward/margin": 0.1 * (1.5 - 3.0) / 2,
+            "reward/chosen": 0.1 * (1.0 - 2.0) / 2,
+            "reward/rejected": 0.1 * (-0.5 + 1.0) / 2,
+        },
+        rel=1e-6,  # logged in float32
+    )
+
+
+def test_before_the_first_step_the_loss_is_log_2(context: Context, pairs: Make, batch: Make, hand: Make) -> None:
+    same = ((-10.0, -10.0, 5), (-12.0, -12.0, 4))
+    loss, given, _ = learnt(dpo(context), pairs, batch, hand, same)
+    assert float(loss.detach()) == math.log(2)
+    assert float(given.logged["reward/margin"]) == 0.0
+
+
+def test_a_row_becomes_the_chosen_and_then_the_rejected(context: Context) -> None:
+    class Words:
+        eos = 0
+
+        def prompt(self, prompt: Any) -> Tensor:
+            return torch.tensor([len(prompt)])
+
+        def response(self, text: str, prompt: Any = "", *, end: bool = True) -> Tensor:
+            assert prompt == "why" and end
+            return torch.tensor([len(text), 0])
+
+    row = PreferenceRow("why", chosen="good", rejected="x")
+    chosen, rejected = dpo(context).examples(row, Words())  # type: ignore[arg-type]
+    assert chosen.prompt.tolist() == rejected.prompt.tolist() == [3]
+    assert (chosen.response.tolist(), rejected.response.tolist()) == ([4, 0], [1, 0])
+    assert DPO.unit == "group"  # or a pair could be cut in two
+
+
+@pytest.mark.parametrize("wrong", [{"label_smoothing": 0.1, "loss": "ipo"}, {"beta": 0.0}, {"label_smoothing": 0.5}])
+def test_options_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
+    config, problems = structure(DPOConfig, wrong, "--algo.")
+    assert config is None and next(iter(wrong)) in str(problems[0]).replace("-", "_")
