@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import attrs
 
-from rlhf.api import EngineEntry, hookimpl, option
+from rlhf.api import EngineEntry, Problem, hookimpl, option
+
+if TYPE_CHECKING:
+    from rlhf.plan import Component, Plan
 
 
 @attrs.frozen(kw_only=True)
@@ -23,6 +27,26 @@ class HFEngineConfig:
     )
 
 
+def _known_ratio(plan: Plan, component: Component) -> Iterator[Problem]:
+    """Truncated sampling draws from another distribution than the policy's, and no ratio to it is known."""
+    config = component.config
+    if "logprobs" in plan.algo.entry.requires and config.temperature == 0:
+        what = f"--engine.temperature 0: {plan.algo.name} needs log-probs of what was sampled, and greedy has none"
+        yield Problem(what, "give a temperature above 0; held-out sampling has --eval-temperature 0")
+    if "logprobs" in plan.algo.entry.requires and (config.top_p < 1 or config.top_k > 0):
+        given = f"--engine.top-p {config.top_p:g}" if config.top_p < 1 else f"--engine.top-k {config.top_k}"
+        what = f"{given}: {plan.algo.name} needs log-probs of what was sampled, and truncation changes them unaccounted"
+        yield Problem(what, "leave it out; --engine.temperature is accounted for")
+
+
+def _room_to_answer(plan: Plan, component: Component) -> Iterator[Problem]:
+    context = next((role.model.context for role in plan.roles if role.name == "policy"), None)
+    tokens = component.config.max_new_tokens
+    if context is not None and tokens >= context:
+        what = f"--engine.max-new-tokens {tokens}: the model's context is {context} tokens, prompt included"
+        yield Problem(what, f"at most {context - 1}, less what the prompts take")
+
+
 @hookimpl
 def rlhf_engines() -> Iterable[EngineEntry]:
     """Sampling in the trainer's own process."""
@@ -32,5 +56,6 @@ def rlhf_engines() -> Iterable[EngineEntry]:
         config=HFEngineConfig,
         impl="rlhf_plugins.engines.hf:HFEngine",
         provides={"rollouts", "logprobs"},
+        constraints=(_known_ratio, _room_to_answer),
         rank=10,
     )
