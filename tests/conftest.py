@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ from rlhf.facts import Machine
 from rlhf.plan import resource
 from rlhf.recipe import Recipe
 from rlhf.registry import Registry
+
+# One thread a test process: models here are tiny, and pytest-xdist's workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

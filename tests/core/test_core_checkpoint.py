@@ -70,7 +70,9 @@ def test_nested_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_paths_that_look_alike_stay_two_tensors(tmp_path: Path) -> None:
-    state = {"x": {"a": {"b": torch.zeros(2)}, "a/b": torch.ones(2), "a~1b": torch.full((2,), 2.0), "~": [torch.ones(1)]}}
+    state = {
+        "x": {"a": {"b": torch.zeros(2)}, "a/b": torch.ones(2), "a~1b": torch.full((2,), 2.0), "~": [torch.ones(1)]}
+    }
     assert same(state, round_trip(tmp_path, state))
 
 

@@ -100,7 +100,7 @@ def test_a_value_head_on_the_trunk_shares_its_forward_and_its_gradient(shared: P
         together = len(forwards)
         Scorer(models, 10_000, gradient=True)(some(), "policy")
         assert together == len(forwards) - together  # both roles cost what one does
-        value.values.sum().backward()  # type: ignore[no-untyped-call]
+        value.values.sum().backward()
         assert all(p.grad is not None for p in models.trained.heads.parameters())
         assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in base.base_model.parameters())
         assert policy.logp.requires_grad

@@ -25,7 +25,9 @@ def pair(i: int) -> list[Example]:
     prompt = ids(100 + i)
     return [
         Example(prompt, ids(i), fields={"margin": float(i)}),
-        Example(prompt.clone(), torch.full((2 + i,), i), torch.tensor([False] + [True] * (1 + i)), {"margin": float(i)}),
+        Example(
+            prompt.clone(), torch.full((2 + i,), i), torch.tensor([False] + [True] * (1 + i)), {"margin": float(i)}
+        ),
     ]
 
 

@@ -79,7 +79,7 @@ def test_a_run_killed_before_its_plan_was_written_can_still_be_started(
         ({"batch_size": 5}, "batch_size: 4 there, 5 now"),
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"algo": {"name": "sft", "packing": True}}, "'packing': True"),
-        ({"mem": "bf16"}, "'mem': [{'name': 'bf16'}]"),
+        ({"mem": "bf16"}, "{'name': 'bf16'}"),
         ({"eval_rows": 7}, "eval_rows: 256 there, 7 now"),  # which rows are held out says which are learnt from
         ({"batch_size": 5, "seed": 1}, "batch_size: 4 there, 5 now; seed: 0 there, 1 now"),
     ],

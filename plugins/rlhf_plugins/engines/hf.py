@@ -152,7 +152,7 @@ class HFEngine(Engine):
                 fresh = len(active)
                 active += entering
             else:
-                logits = self._step(active, cache, len(waiting[0].prompt) if waiting else 0, device)
+                logits = self._step(active, cache, device)
                 fresh = 0
             self._take(active[fresh:], logits, temperature)
             for row in reversed(range(fresh, len(active))):
@@ -178,12 +178,12 @@ class HFEngine(Engine):
                     cache.enter(prefilled, places[x.of] - first, len(x.prompt))
         return torch.cat(logits)[[places[x.of] for x in entering]]
 
-    def _step(self, active: list[_Response], cache: SlotCache, waiting: int, device: torch.device) -> Tensor:
-        """Run the newest token of each. `waiting`: the longest prompt yet to enter. [len(active), V] logits."""
+    def _step(self, active: list[_Response], cache: SlotCache, device: torch.device) -> Tensor:
+        """Run the newest token of each. [len(active), V] logits."""
         longest = max(x.length for x in active)
         cache.start = cache.end - longest
         if cache.end == cache.capacity:
-            cache.move(max(longest, waiting))
+            cache.move(longest)  # no prompt that waits is longer
         ids = torch.tensor([[x.tokens[-1]] for x in active], device=device)
         lengths = torch.tensor([x.length + 1 for x in active], device=device)
         logits = self._forward(ids, lengths, cache)

@@ -128,7 +128,7 @@ def _merged(model: Any, spec: LoadSpec) -> PreTrainedModel:
         raise RequestError(Problem(what, "merge it into its base first, or load it unquantised"))
     config = adapter_config(spec.model)
     if spec.head == "scalar" and config.task_type == "CAUSAL_LM":
-        config.task_type = None  # a language model's adapter under a scalar head: PEFT's wrapper for it wants generation
+        config.task_type = None  # under a scalar head, PEFT's wrapper for language models misses their generation
     merged: PreTrainedModel = PeftModel.from_pretrained(model, spec.model, config=config).merge_and_unload()
     return merged
 

@@ -72,7 +72,7 @@ def test_gradient_raises_the_chosen_and_lowers_the_rejected(
     context: Context, pairs: Make, batch: Make, hand: Make, options: dict[str, Any]
 ) -> None:
     loss, _, logp = learnt(dpo(context, beta=0.1, **options), pairs, batch, hand, PAIR)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     s = 1 / (1 + math.exp(-0.15))
     slopes = {"": -0.1 * (1 - s), "label_smoothing": -0.1 * (0.9 * (1 - s) - 0.1 * s), "hinge": -0.1, "ipo": 0.0}
     slope = slopes[options.get("loss", next(iter(options), ""))]

@@ -41,7 +41,10 @@ def close(found: Tensor, expected: list[float], **tolerance: float) -> None:
 
 def scores(hand: Make, **more: Any) -> Any:
     return hand(
-        policy={"logp": double(LOGP_OLD)}, reference={"logp": double(LOGP_REF)}, value={"values": double(VALUES)}, **more
+        policy={"logp": double(LOGP_OLD)},
+        reference={"logp": double(LOGP_REF)},
+        value={"values": double(VALUES)},
+        **more,
     )
 
 
@@ -157,7 +160,7 @@ def test_loss_and_its_gradient_by_hand(context: Context, rollouts: Make, batch: 
     value = [0.5 * (0.7 - 1.0) ** 2, 0.5 * (0.65 - 0.2) ** 2, 0.5 * (0.1 - 0.6) ** 2, 0.5 * 0.5**2, 0.0]
     assert float(loss.detach()) == pytest.approx(sum(policy) / 5 + 0.1 * sum(value) / 5, **EXACT)
 
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert logp.grad is not None and values.grad is not None
     close(logp.grad, [0.0, rho[1] / 5, 0.0, -0.5 / 5, 0.0])  # -A rho / T where not clipped
     close(values.grad, [0.0, 0.1 * 0.45 / 5, 0.1 * -0.5 / 5, 0.1 * -0.5 / 5, 0.0])
@@ -187,7 +190,7 @@ def test_the_first_pass_has_a_ratio_of_exactly_one(context: Context, rollouts: M
     loss = algorithm.loss(given, hand(policy={"logp": logp}, value={"values": double(VALUES)}))
     for name, value in {"policy/ratio": 1.0, "policy/approx_kl": 0.0, "policy/clip_fraction": 0.0}.items():
         assert float(given.logged[name]) == value, name
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert logp.grad is not None  # at rho = 1 it is the policy gradient: - A / T
     close(logp.grad, [-a / 5 for a in experience["advantages"].tolist()])
 
@@ -205,7 +208,7 @@ def test_entropy_is_a_bonus_asked_for_only_where_it_counts(
     loss = bonus.loss(minibatch(bonus, rollouts, batch), score)
     assert score.asked == [("policy", True), ("value", True)]
     assert float((without - loss).detach()) == pytest.approx(0.01 * 3.0, **EXACT)  # a mean of 3 nats
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert entropy.grad is not None
     close(entropy.grad, [-0.01 / 5] * 5)
 

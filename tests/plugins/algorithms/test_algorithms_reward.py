@@ -28,7 +28,7 @@ def test_loss_and_gradient_by_hand(context: Context, pairs: Make, batch: Make, h
     second = math.log1p(math.exp(0.7)) + 0.01 * 0.1**2
     assert float(loss.detach()) == pytest.approx((first + second) / 2, rel=1e-12)  # a mean over pairs, in float64
 
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     s1, s2 = 1 / (1 + math.exp(0.8)), 1 / (1 + math.exp(-0.7))  # 1 - s(difference)
     assert score.grad is not None
     assert score.grad.tolist() == pytest.approx(
@@ -58,9 +58,7 @@ class Words:
         return torch.tensor([len(text), 0])
 
 
-@pytest.mark.parametrize(
-    ("use_margin", "margin", "expected"), [(True, 2.5, 2.5), (True, None, 0.0), (False, 2.5, 0.0)]
-)
+@pytest.mark.parametrize(("use_margin", "margin", "expected"), [(True, 2.5, 2.5), (True, None, 0.0), (False, 2.5, 0.0)])
 def test_a_row_becomes_the_chosen_and_then_the_rejected_with_its_margin(
     context: Context, use_margin: bool, margin: float | None, expected: float
 ) -> None:

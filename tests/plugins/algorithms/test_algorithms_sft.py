@@ -30,7 +30,7 @@ def test_the_mean_is_over_the_learnt_tokens_alone(context: Context, batch: Make,
     logp = torch.tensor([-1.0, -100.0, -2.0, -6.0], dtype=torch.float64, requires_grad=True)
     loss = SFT(SFTConfig(), context).loss(batch(Experience(sequences)), hand(policy={"logp": logp}))
     assert float(loss.detach()) == 3.0  # (1 + 2 + 6) / 3: not a mean of the sequences' means, 3.75
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert logp.grad is not None and logp.grad.tolist() == pytest.approx([-1 / 3, 0, -1 / 3, -1 / 3], rel=1e-12)
 
 

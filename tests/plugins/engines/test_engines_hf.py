@@ -13,6 +13,7 @@ from rlhf.errors import RequestError, RunError
 from rlhf.interfaces import HeadRequest
 from rlhf.sequences import Generation, Sample
 from rlhf_plugins.engines import hf
+from rlhf_plugins.engines.sampling import uniforms
 
 FP32 = {"rtol": 0.0, "atol": 2e-5}
 """Rounding of float32 in logits of about 10, summed in another order."""
@@ -52,6 +53,18 @@ def test_log_probs_are_those_of_a_forward(
     (scores,) = policy.score(module, generation.sequences, [HeadRequest("policy", "lm", temperature=temperature)])
     torch.testing.assert_close(generation.logp, scores.logp.detach(), **FP32)
     assert generation.sequences.prompt_of.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_each_token_is_drawn_by_a_uniform_of_its_own(load: Any, attach: Any, ask: Any) -> None:
+    module, spec = load()
+    generation = attach((module, spec), max_new_tokens=16).generate(ask(3, 8, count=2))
+    for row, tokens in enumerate(generation.sequences.responses()):
+        prompt = generation.sequences.prompt(row)
+        with torch.no_grad():
+            logits = module(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        cumulative = torch.softmax(logits.double(), -1).cumsum(-1)  # [R, V]
+        uniform = uniforms((row // 2, row % 2), 16)[: len(tokens)]
+        assert tokens.tolist() == (cumulative < uniform[:, None]).sum(-1).tolist()
 
 
 def test_a_response_depends_on_its_seed_alone(load: Any, attach: Any, ask: Any) -> None:

@@ -45,7 +45,7 @@ CONFIGS: dict[str, Any] = {
     "gemma2": Gemma2Config(**IDS, **ROPE, final_logit_softcapping=0.05, attn_logit_softcapping=None, sliding_window=4),
     "cohere": CohereConfig(**IDS, **{k: v for k, v in ROPE.items() if k != "head_dim"}, logit_scale=4.0),
     "granite": GraniteConfig(**IDS, **{k: v for k, v in ROPE.items() if k != "head_dim"}, logits_scaling=0.25),
-    "mistral": MistralConfig(**IDS, **ROPE, sliding_window=4),
+    "mistral": MistralConfig(**IDS, **ROPE, sliding_window=12),
 }
 
 

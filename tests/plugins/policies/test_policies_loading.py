@@ -34,11 +34,12 @@ def test_a_weight_that_is_missing_is_named(folder: Any, policy: Any, spec: Any) 
         policy().load(spec(place))
 
 
-def test_a_weight_that_has_no_place_is_named(folder: Any, policy: Any, spec: Any) -> None:
+@pytest.mark.parametrize(("head", "kind"), [("lm", "CausalLM"), ("scalar", "SequenceClassification")])
+def test_a_weight_that_has_no_place_is_named(head: str, kind: str, folder: Any, policy: Any, spec: Any) -> None:
     place = folder("llama")
     edit_weights(place, add="model.extra.weight")
-    with pytest.raises(RequestError, match=r"has model\.extra\.weight, which a LlamaForCausalLM hasn't"):
-        policy().load(spec(place))
+    with pytest.raises(RequestError, match=rf"has model\.extra\.weight, which a LlamaFor{kind} hasn't"):
+        policy().load(spec(place, head, head_init="zero"))
 
 
 def test_a_reward_model_is_no_language_model(folder: Any, policy: Any, spec: Any) -> None:
@@ -146,3 +147,16 @@ def test_an_adapter_with_a_scalar_head_brings_it(
     (one,), (other,) = (hf.score(m, ragged, [HeadRequest("reward", "scalar")]) for m in (module, merged))
     torch.testing.assert_close(one.score, other.score, rtol=0, atol=1e-5)
     assert one.score.abs().max() > 1e-2
+
+
+def test_a_language_models_adapter_serves_under_a_scalar_head(
+    folder: Any, policy: Any, spec: Any, ragged: Sequences, tmp_path: Path
+) -> None:
+    hf, given = policy(), spec(folder("llama"))
+    module = adapted(hf.load(given), seed=1, task_type="CAUSAL_LM")
+    hf.save(module, tmp_path / "tuned", given)
+    reward = hf.load(spec(str(tmp_path / "tuned"), "scalar", head_init="normal", seed=3))
+    head = hf.add_scalar_head(module, "value", "normal", seed=3)  # the same draws, and a bias of 0
+    (one,) = hf.score(reward, ragged, [HeadRequest("reward", "scalar")])
+    (other,) = hf.score(module, ragged, [HeadRequest("value", "scalar", head)])
+    torch.testing.assert_close(one.score, other.score, rtol=0, atol=1e-5)  # float32, merged as above
