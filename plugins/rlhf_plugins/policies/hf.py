@@ -54,7 +54,7 @@ class HFPolicy(Policy):
             RunError: log-probs at temperature 0, which are not defined.
         """
         trunk = Trunk(module)
-        trunk.prepare()
+        trunk.model.eval()  # dropout off: ratios and references assume one distribution
         found = []
         with trunk.autocast():
             wants_last = any(request.head == "scalar" for request in heads)

@@ -10,7 +10,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.api import RunError, Sequences
 from rlhf_plugins.policies.heads import LogitsOf, logit_transform
@@ -83,14 +82,6 @@ class Trunk:
     def sharded(self) -> bool:
         """Parameters are spread over ranks (DeepSpeed ZeRO-3, FSDP), so that each use of one is a collective."""
         return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in self.model.parameters())
-
-    def prepare(self) -> None:
-        """Dropout off, since ratios and references assume one distribution; only layers that checkpoint their
-        activations are told that they train, for otherwise they don't."""
-        self.model.eval()
-        for layer in self.model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-                layer.training = True
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         compute = self.traits.compute

@@ -216,25 +216,6 @@ def test_dropout_is_off_even_in_training_mode(folder: Any, policy: Any, spec: An
     assert torch.equal(first.logp, second.logp)
 
 
-def test_checkpointing_of_transformers_recomputes_and_changes_no_gradient(
-    folder: Any, policy: Any, spec: Any, ragged: Sequences
-) -> None:
-    hf = policy()
-    module = hf.load(spec(folder("llama")))
-    (scores,) = hf.score(module, ragged, [LM])
-    scores.logp.sum().backward()
-    expected = gradients(module)
-    module.gradient_checkpointing_enable()
-    calls: list[int] = []
-    module.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    (scores,) = hf.score(module, ragged, [LM])
-    forwards = len(calls)
-    scores.logp.sum().backward()
-    assert len(calls) == 2 * forwards
-    for name, grad in gradients(module).items():
-        torch.testing.assert_close(grad, expected[name], rtol=0, atol=0)  # the same operations
-
-
 def test_temperature_zero_has_no_log_probs(folder: Any, policy: Any, spec: Any, ragged: Sequences) -> None:
     hf = policy()
     module = hf.load(spec(folder("llama")))
