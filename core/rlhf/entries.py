@@ -215,3 +215,10 @@ KINDS: dict[str, type[Entry]] = {entry.kind: entry for entry in ENTRY_TYPES}
 """Kind = flag = YAML key -> its entry type."""
 MANY = frozenset({"reward", "mem", "track"})
 """Kinds of which a plan may hold several."""
+SINGLE = ("policy", "engine", "optim", "backend", "launch")
+"""Kinds of which a plan holds one at most, beside its algorithm."""
+
+
+def address(kind: str, key: str) -> str:
+    """How options speak of a component: "algo", "mem.lora"; `key` is its label or else its name."""
+    return f"{kind}.{key}" if kind in MANY else kind

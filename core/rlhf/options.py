@@ -243,3 +243,12 @@ def structure(config: type | None, given: Mapping[str, Any], flag: str) -> tuple
         return config(**values), []
     except (ValueError, TypeError) as error:  # a validator across fields, in __attrs_post_init__
         return None, [Problem(f"{flag.rstrip('.')}: {error}")]
+
+
+def typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={typed(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ",".join(map(typed, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -45,6 +45,11 @@ class Component:
         """Unique within its kind."""
         return self.label or self.entry.name
 
+    def __str__(self) -> str:
+        """How messages name it: by its flag and where it is from."""
+        source = f" (from {self.distribution} {self.version})" if self.distribution else ""
+        return f"--{self.kind} {self.key}{source}"
+
     def to_json(self) -> dict[str, Any]:
         options = cattrs.unstructure(self.config) if self.config is not None else {}
         return {

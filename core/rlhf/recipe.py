@@ -58,6 +58,10 @@ class Pick:
         return self.label or self.name
 
 
+Picks = Mapping[str, tuple[Pick, ...]]
+"""Kind -> the components named, in the order typed."""
+
+
 @attrs.frozen
 class RoleRecipe:
     """What is asked for one role alone."""
@@ -70,8 +74,7 @@ class RoleRecipe:
 class Recipe:
     """The whole request."""
 
-    picks: Mapping[str, tuple[Pick, ...]] = attrs.Factory(dict)
-    """Kind -> the components named, in the order typed."""
+    picks: Picks = attrs.Factory(dict)
     options: Mapping[str, Mapping[str, Any]] = attrs.Factory(dict)
     """`--KIND.FIELD` by kind; for kinds of which there are many, by "kind.component"."""
     roles: Mapping[str, RoleRecipe] = attrs.Factory(dict)

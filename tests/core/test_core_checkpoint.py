@@ -240,7 +240,7 @@ def test_a_deletion_cut_short_leaves_no_checkpoint(two: RunDirectory, monkeypatc
         assert path == folder and not (folder / checkpoint.MANIFEST).exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", cut_short)
+    monkeypatch.setattr("rlhf.checkpoint.shutil.rmtree", cut_short)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.remove(folder)
     assert (folder / "state.json").exists() and steps(two.checkpoints) == [1]
@@ -266,7 +266,7 @@ def test_an_atomic_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pyte
     def cut_short(source: Any, target: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", cut_short)
+    monkeypatch.setattr("rlhf.checkpoint.os.replace", cut_short)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_atomic(path, "after")
     assert path.read_text() == "before"

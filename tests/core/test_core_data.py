@@ -72,7 +72,7 @@ def test_refusals_are_counted_by_reason_with_the_first_place() -> None:
         return row * 10
 
     rows = rows_of(6).convert(even)
-    assert [item for item in rows.items] == [("f:0", 0), ("f:2", 20)]
+    assert rows.items == [("f:0", 0), ("f:2", 20)]
     assert rows.refused.counts == {"odd": 3, "four": 1} and rows.refused.total == 4
     assert rows.refused.lines() == ["3 x odd (first: f:1)", "1 x four (first: f:4)"]
     again = rows.convert(lambda row: row + 1)  # what was refused before isn't forgotten

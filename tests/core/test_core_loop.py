@@ -249,7 +249,7 @@ def test_an_experience_of_nothing_is_a_step_without_updates(tmp_path: Path) -> N
 
     run = Run(tmp_path, plan_of(algo={"name": "ppo", "epochs": 1, "minibatches": 1}), change)
     run.go()
-    first, second = run.metrics()
+    first, second = cast(Any, run.metrics())
     assert first["loss"] is None and first["optim/updates"] == 0
     assert second["optim/updates"] == 1 and math.isfinite(second["loss"])
 

@@ -44,7 +44,10 @@ def separate() -> Parts:
 
 def some(count: int = 5) -> Sequences:
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(5, 300, (n,), generator=generator)  # noqa: E731
+
+    def draw(n: int) -> Tensor:
+        return torch.randint(5, 300, (n,), generator=generator)
+
     prompts = [draw(3 + 2 * i) for i in range(count)]
     return Sequences.of(prompts, [draw(2 + (i * 3) % 5) for i in range(count)])
 
@@ -130,8 +133,10 @@ def test_scores_do_not_depend_on_how_rows_are_cut(separate: Parts, budget: int) 
 
 def rollouts_of(sequences: Sequences, logp: Tensor | None, temperature: float = 1.0) -> Rollouts:
     b = len(sequences)
-    return Rollouts(sequences, logp, ("stop",) * b, ("",) * b, ("",) * b, ("",) * b, ("",) * b, torch.zeros(b),
-                    temperature=temperature)  # fmt: skip
+    empty, finish = ("",) * b, cast(Any, ("stop",) * b)
+    return Rollouts(
+        sequences, logp, finish, empty, empty, empty, empty, rewards=torch.zeros(b), temperature=temperature
+    )
 
 
 @pytest.mark.parametrize(("exact", "told", "taken"), [(True, True, True), (False, True, False), (True, False, False)])
@@ -166,13 +171,13 @@ class FakeTwoRanks(World):
 
     size = 2
     board: list[Any]
-    barrier: threading.Barrier
+    meeting: threading.Barrier
 
     def gather(self, value: Any) -> list[Any]:
         self.board[self.rank] = value
-        self.barrier.wait()
+        self.meeting.wait()
         found = list(self.board)
-        self.barrier.wait()
+        self.meeting.wait()
         return found
 
     def sum(self, x: Tensor) -> Tensor:
@@ -187,7 +192,7 @@ def in_two_ranks(work: Any) -> list[Any]:
 
     def one(rank: int) -> None:
         world = FakeTwoRanks()
-        world.rank, world.board, world.barrier = rank, board, barrier
+        world.rank, world.board, world.meeting = rank, board, barrier
         try:
             found[rank] = work(rank, world)
         except BaseException as error:

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from rlhf import cli
-from rlhf.errors import RequestError
-from rlhf.pipeline import check, stages_of
+from rlhf.errors import Interrupted, RequestError, RunError
+from rlhf.pipeline import _run, check, stages_of
 from rlhf.registry import Registry
 
 
@@ -90,6 +90,42 @@ def test_a_stages_output_stands_for_the_model_it_starts_from(installed: Registry
         "stages": {"sft": {"algo": "sft"}, "dpo": {"algo": "dpo", "model": "@sft"}},
     }
     check(stages_of(content, "p.yaml"), "p.yaml", installed)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "says"),
+    [
+        (130, Interrupted, "stage dpo: interrupted; go on with --resume"),
+        (2, RequestError, "stage dpo was refused"),
+        (1, RunError, "stage dpo failed with exit code 1"),
+        (-9, RunError, "stage dpo failed with exit code -9"),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_is_asked_once_to_stop_and_its_end_is_told(
+    monkeypatch: pytest.MonkeyPatch, number: int, code: int, error: type[Exception], says: str
+) -> None:
+    sent: list[int] = []
+
+    class Stage:
+        def __init__(self, command: list[str]) -> None:
+            assert command[1:] == ["-m", "rlhf", "run", "recipe.yaml"]
+
+        def send_signal(self, number: int) -> None:
+            sent.append(number)
+
+        def wait(self) -> int:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            return code
+
+    monkeypatch.setattr("rlhf.pipeline.subprocess.Popen", Stage)
+    before = signal.getsignal(number)
+    with pytest.raises(error, match=says):
+        _run("dpo", ["recipe.yaml"])
+    # Never SIGINT: a terminal's Ctrl-C reaches the stage too, and a second one would end it without a checkpoint.
+    assert sent == [signal.SIGTERM]
+    assert signal.getsignal(number) is before
 
 
 def rlhf(*words: str) -> int:

@@ -120,7 +120,7 @@ def test_a_reward_that_raises_ends_the_run_naming_it() -> None:
     def stop(rollouts: Rollouts) -> Any:
         raise RunError("its server is gone")
 
-    with pytest.raises(RunError, match="^its server is gone$"):
+    with pytest.raises(RunError, match=r"^its server is gone$"):
         judged(stop)
 
 
@@ -153,6 +153,7 @@ def test_with_no_rollout_judged_the_run_ends() -> None:
 
 class Words(Codec):
     eos = 0
+    prompt = response = chat = None  # type: ignore[assignment]  # not used here
 
     def decode(self, tokens: Tensor) -> str:
         return "-".join(map(str, tokens.tolist()))
@@ -167,7 +168,7 @@ def prompt(i: int) -> Prompt:
 
 def generation(responses: int) -> Generation:
     sequences = Sequences.of([torch.tensor([0])] * responses, [torch.tensor([i, i]) for i in range(responses)])
-    return Generation(sequences, torch.zeros(2 * responses), ("stop",) * responses, version=4)
+    return Generation(sequences, torch.zeros(2 * responses), cast(Any, ("stop",) * responses), version=4)
 
 
 def test_responses_are_gathered_by_request() -> None:

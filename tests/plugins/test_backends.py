@@ -63,8 +63,8 @@ def numbers(container: Container) -> list[float]:
 
 def loss_of(container: Container, a: float, b: float, c: float) -> torch.Tensor:
     """Gradients a and b of the policy's weights, c of the value's."""
-    policy, value = container.bodies["policy"].weight, container.bodies["value"].weight
-    return (policy * torch.tensor([[a, b]])).sum() + (value * c).sum()  # type: ignore[operator]
+    policy, value = container.parameters()
+    return (policy * torch.tensor([[a, b]])).sum() + (value * c).sum()
 
 
 def test_gradients_are_scaled_down_to_the_norm_over_all_roles() -> None:

@@ -52,6 +52,7 @@ class Console(Tracker):
         plan: Plan = run["plan"]
         self._directory, self._steps = Path(run["directory"]), int(run["steps"])
         self._step = int(run["first_step"])
+        self._saved = f", saved at {self._step}" if self._step else ""
         self._started = self._spoken = time.monotonic()
         self._ends: deque[float] = deque([self._started], maxlen=WINDOW + 1)
         self._numbers = ""
@@ -99,7 +100,7 @@ class Console(Tracker):
         self._say(f"held-out at step {step}: " + " | ".join(f"{name} {number(x)}" for name, x in metrics.items()))
 
     def checkpoint_saved(self, step: int, path: Path) -> None:
-        self._say(f"checkpoint at step {step}: {path}", "dim")
+        self._saved = f", saved at {step}"
 
     def run_finished(self, summary: Mapping[str, Any], error: BaseException | None) -> None:
         if self._live is not None:
@@ -168,7 +169,8 @@ class Console(Tracker):
         return lines
 
     def _progress(self) -> str:
-        return f"step {self._step}/{self._steps}, {duration(time.monotonic() - self._started)}{self._left()}"
+        taken = duration(time.monotonic() - self._started)
+        return f"step {self._step}/{self._steps}, {taken}{self._left()}{self._saved}"
 
     def _left(self) -> str:
         if len(self._ends) < 2 or self._step >= self._steps:

@@ -32,20 +32,16 @@ LENGTHS, REWARDS = [3, 2], [2.0, -0.5]
 LOGP_OLD = [-1.0, -0.5, -2.0, -0.7, -1.2]
 LOGP_REF = [-1.1, -0.7, -1.5, -0.7, -1.0]
 VALUES = [0.5, 0.6, 0.7, -0.1, 0.2]
-EXACT = {"rel": 1e-12, "abs": 1e-12}
+EXACT: dict[str, Any] = {"rel": 1e-12, "abs": 1e-12}
 
 
-def close(found: Tensor, expected: list[float], **tolerance: float) -> None:
-    assert found.tolist() == pytest.approx(expected, **(tolerance or EXACT))
+def close(found: Tensor, expected: list[float]) -> None:
+    assert found.tolist() == pytest.approx(expected, **EXACT)
 
 
-def scores(hand: Make, **more: Any) -> Any:
-    return hand(
-        policy={"logp": double(LOGP_OLD)},
-        reference={"logp": double(LOGP_REF)},
-        value={"values": double(VALUES)},
-        **more,
-    )
+def scores(hand: Make) -> Any:
+    policy, reference, value = {"logp": double(LOGP_OLD)}, {"logp": double(LOGP_REF)}, {"values": double(VALUES)}
+    return hand(policy=policy, reference=reference, value=value)
 
 
 def test_experience_by_hand(context: Context, rollouts: Make, hand: Make) -> None:

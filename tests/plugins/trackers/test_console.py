@@ -189,7 +189,7 @@ def test_a_resumed_run_counts_its_own_steps(
     tracker.step_finished(7, {"loss": 1.0})
     lines = said(capsys)
     assert "  steps    10 of 16 prompts, going on after step 6" in lines
-    assert lines[-1] == "step 7/10, 0:00:10, 0:00:30 left | loss 1"
+    assert lines[-1] == "step 7/10, 0:00:10, 0:00:30 left, saved at 6 | loss 1"
 
 
 def test_held_out_results_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,10 +198,9 @@ def test_held_out_results_and_checkpoints(tmp_path: Path, capsys: pytest.Capture
     tracker.evaluated(2, {"reward/mean": 0.5, "loss": 1.25})
     tracker.checkpoint_saved(2, tmp_path / "checkpoints" / "step-000002")
     tracker.evaluated(4, {"reward/mean": 0.75})  # the table has it
-    assert said(capsys) == [
-        "held-out at step 2: reward/mean 0.5 | loss 1.25",
-        f"checkpoint at step 2: {tmp_path}/checkpoints/step-000002",
-    ]
+    assert said(capsys) == ["held-out at step 2: reward/mean 0.5 | loss 1.25"]
+    tracker.step_finished(4, {})
+    assert ", saved at 2 | " in said(capsys)[-1]
 
 
 def test_samples_of_the_first_and_the_last_rollout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
