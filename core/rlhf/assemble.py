@@ -76,8 +76,7 @@ def assemble(plan: Plan, say: Say) -> Parts:
 
 def make(component: Component, context: Context) -> Any:
     """A component of the plan, alive."""
-    found = resolve(component.entry.impl)
-    return found(component.config, attrs.evolve(context, label=component.key))
+    return resolve(component)(component.config, attrs.evolve(context, label=component.key))
 
 
 def _primary(plan: Plan) -> str:

@@ -93,7 +93,7 @@ def read(sources: Sequence[DataSource], row_type: type, context: Context) -> Row
     items: list[tuple[str, Any]] = []
     refused = Refusals()
     for source in sources:
-        format_: Format = resolve(source.format.entry.impl)(source.format.config, context)
+        format_: Format = resolve(source.format)(source.format.config, context)
         for where, record in format_.read(source.path):
             try:
                 if isinstance(record, RowError):

@@ -4,7 +4,7 @@ way."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from rlhf.rows import PromptRow, row_needs
 
 _LABEL = re.compile(r"[\w-]+")
 _NEEDED = ("policy", "optim", "backend", "launch")
-Parts = Mapping[str, list[Component]]
-"""Kind -> the components made; memory strategies are kept apart."""
 
 
 @attrs.frozen
@@ -51,6 +49,10 @@ class Choice:
     settings: Mapping[str, Any]
     """Recipe keys -> what stands where the user says nothing."""
 
+    @property
+    def online(self) -> bool:
+        return "rollouts" in self.algorithm.requires
+
 
 @attrs.frozen
 class Draft:
@@ -69,18 +71,13 @@ class Draft:
 
 def draft(ask: Ask, choice: Choice) -> Draft:
     """Make what a choice says, and look for everything that speaks against it."""
-    recipe = ask.recipe
-    defaults = {name: value for name, value in choice.settings.items() if name in fields(RunOptions)}
+    recipe, starter, settings = ask.recipe, choice.starter, choice.settings
+    defaults = {name: value for name, value in settings.items() if name in fields(RunOptions)}
     run, request = structure(RunOptions, {**defaults, **recipe.run}, "--")
 
-    def made(kind: str, picks: tuple[Pick, ...]) -> tuple[Component, ...]:
-        found = []
-        for pick in picks:
-            component, problems = _component(kind, pick, ask, choice.settings)
-            request.extend(problems)
-            if component is not None:
-                found.append(component)
-        return tuple(found)
+    def made(kind: str, picks: Iterable[Pick]) -> tuple[Component, ...]:
+        found = (_component(kind, pick, ask, settings, request) for pick in picks)
+        return tuple(component for component in found if component is not None)
 
     parts = {kind: made(kind, picks) for kind, picks in choice.picks.items()}
     memory = Memory(
@@ -89,16 +86,25 @@ def draft(ask: Ask, choice: Choice) -> Draft:
         own={name: made("mem", role.mem) for name, role in recipe.roles.items() if role.mem is not None},
     )
     request += _doubled(parts)
-    roles, problems = _roles(ask, choice.starter, parts, memory) if parts["algo"] else ([], [])
-    request += problems
+    combination = list(_unasked(choice))
+    roles: list[RolePlan] = []
+    if parts["algo"]:
+        base = recipe.model or (resource(starter.model) if starter else None)
+        wanted = wanted_roles(parts["algo"][0], parts["reward"])
+        request += name_problems(parts["algo"][0], wanted, recipe.roles)
+        models, unfound = role_models(wanted, recipe.roles, base, ask.models)
+        roles, unfit = place(wanted, recipe.roles, models, memory)
+        request += [*unfound, *unfit]
+        combination += [] if unfound else memory.idle(roles)
     request += _unplaced_options(recipe, choice)
     request += _missing(ask, choice)
-    data, eval_data, problems = _data(ask, choice)
-    request += problems
-    for kind in _NEEDED:
-        if not parts.get(kind) and not request:
-            request.append(Problem(f"no --{kind} is installed"))
-    combination = [*_idle(choice), *memory.idle(roles)]
+    data, held_out = recipe.data, recipe.eval_data
+    if starter is not None and not data:
+        data, held_out = (starter.data,), held_out or (starter.eval_data,)
+    sources = _sources("data", data, ask, settings, request)
+    eval_sources = _sources("eval-data", held_out, ask, settings, request)
+    if not request:
+        request += [Problem(f"no --{kind} is installed") for kind in _NEEDED if not parts.get(kind)]
     if request:
         return Draft(None, request, combination)
     plan = Plan(
@@ -111,8 +117,8 @@ def draft(ask: Ask, choice: Choice) -> Draft:
         launch=parts["launch"][0],
         trackers=parts["track"],
         roles=tuple(roles),
-        data=data,
-        eval_data=eval_data,
+        data=sources,
+        eval_data=eval_sources,
         run=run,
         machine=ask.machine,
         notes=tuple(_notes(recipe, choice, roles)),
@@ -121,44 +127,56 @@ def draft(ask: Ask, choice: Choice) -> Draft:
 
 
 def _component(
-    kind: str, pick: Pick, ask: Ask, settings: Mapping[str, Any]
-) -> tuple[Component | None, list[Problem]]:
-    """The component picked, with its options: the user's over the settings'."""
+    kind: str, pick: Pick, ask: Ask, settings: Mapping[str, Any], problems: list[Problem]
+) -> Component | None:
+    """The component picked, its options the user's over the settings'; None where `problems` says why not."""
     entry = ask.registry.find(kind, pick.name)
     if isinstance(entry, Problem):
-        return None, [entry]
+        problems.append(entry)
+        return None
     if pick.label and (kind not in MANY or not _LABEL.fullmatch(pick.label)):
         fix = "a label is of letters, digits, - and _" if kind in MANY else f"only {', '.join(sorted(MANY))} take one"
-        return None, [Problem(f"--{kind} {pick.name}: the label {pick.label!r} can't be used", fix)]
+        problems.append(Problem(f"--{kind} {pick.name}: the label {pick.label!r} can't be used", fix))
+        return None
     prefix = address(kind, pick.key)
     known = fields(entry.config) if entry.config is not None else {}
     # A default for an option that this component doesn't have means nothing to it; a user's option is checked.
     defaults = {name: settings[f"{prefix}.{name}"] for name in known if f"{prefix}.{name}" in settings}
     given = {**defaults, **pick.options, **ask.recipe.options.get(prefix, {})}
-    config, problems = structure(entry.config, given, f"--{prefix}.")
-    if problems:
-        return None, problems
+    config, wrong = structure(entry.config, given, f"--{prefix}.")
+    problems += wrong
     offer = ask.registry.offer(kind, pick.name)
-    assert offer is not None
-    return Component(entry, config, pick.label, offer.distribution, offer.version), []
+    if wrong or offer is None:
+        return None
+    return Component(entry, config, pick.label, offer.distribution, offer.version)
 
 
-def _doubled(parts: Parts) -> Iterator[Problem]:
+def _doubled(parts: Mapping[str, tuple[Component, ...]]) -> Iterator[Problem]:
+    """Components that options can't tell apart; of memory strategies, see `Memory.of`."""
     for kind, components in parts.items():
         keys = [component.key for component in components]
         for key in sorted({key for key in keys if keys.count(key) > 1 and kind != "mem"}):
             yield Problem(f"--{kind} {key} is given twice", f"tell them apart: --{kind} {key}:LABEL")
 
 
-def _roles(
-    ask: Ask, starter: StarterEntry | None, parts: Parts, memory: Memory
-) -> tuple[list[RolePlan], list[Problem]]:
-    algorithm, asked = parts["algo"][0], ask.recipe.roles
-    wanted = wanted_roles(algorithm, parts["reward"])
-    base = ask.recipe.model or (resource(starter.model) if starter else None)
-    models, unfound = role_models(wanted, asked, base, ask.models)
-    roles, unfit = place(wanted, asked, models, memory)
-    return roles, [*name_problems(algorithm, wanted, asked), *unfound, *unfit]
+def _unasked(choice: Choice) -> Iterator[Problem]:
+    """What samples and judges, beside an algorithm that does without."""
+    for kind in ("engine", "reward"):
+        if choice.picks.get(kind) and not choice.online:
+            why = f"{choice.algorithm.name} samples nothing, it learns from its data"
+            yield Problem(f"--{kind} {choice.picks[kind][0].name}: {why}", f"leave --{kind} out")
+
+
+def _missing(ask: Ask, choice: Choice) -> Iterator[Problem]:
+    """Rewards and data that the algorithm can't do without."""
+    name = choice.algorithm.name
+    if choice.online and choice.algorithm.rewards and not choice.picks["reward"]:
+        known = ", ".join(entry.name for entry in ask.registry.entries("reward"))
+        what = f"--reward is needed: {name} learns from rewards, and this data brings none of its own"
+        yield Problem(what, f"installed: {known}; several add up")
+    if not ask.recipe.data and choice.starter is None:
+        what = f"--data is needed: {name} has no data of its own to start from"
+        yield Problem(what, row_needs(choice.algorithm.data or PromptRow))
 
 
 def _unplaced_options(recipe: Recipe, choice: Choice) -> Iterator[Problem]:
@@ -169,43 +187,46 @@ def _unplaced_options(recipe: Recipe, choice: Choice) -> Iterator[Problem]:
     for prefix, options in recipe.options.items():
         if prefix not in places:
             kind, _, name = prefix.partition(".")
-            what = f"--{prefix}.{next(iter(options))}: the run has no --{kind} {name}".rstrip()
+            what = f"--{prefix}.{next(iter(options)).replace('_', '-')}: the run has no --{kind} {name}".rstrip()
             yield Problem(what, f"add --{kind} {name or 'NAME'}, or leave the option out")
 
 
-def _missing(ask: Ask, choice: Choice) -> Iterator[Problem]:
-    """A reward or data that the algorithm can't do without."""
-    name = choice.algorithm.name
-    if "rollouts" in choice.algorithm.requires and choice.algorithm.rewards and not choice.picks["reward"]:
-        known = ", ".join(entry.name for entry in ask.registry.entries("reward"))
-        what = f"--reward is needed: {name} learns from rewards, and this data brings none of its own"
-        yield Problem(what, f"installed: {known}; several add up")
-    if not ask.recipe.data and choice.starter is None:
-        what = f"--data is needed: {name} has no data of its own to start from"
-        yield Problem(what, row_needs(choice.algorithm.data or PromptRow))
+def _sources(
+    flag: str, paths: Iterable[str], ask: Ask, settings: Mapping[str, Any], problems: list[Problem]
+) -> tuple[DataSource, ...]:
+    """The data with the format of each file: the one named, else the first that claims its name."""
+    formats = [entry for entry in ask.registry.entries("format") if isinstance(entry, FormatEntry)]
+    endings = tuple(suffix for entry in formats for suffix in entry.suffixes if suffix.startswith("."))
+    sources = []
+    for path in map(resource, paths):
+        place = Path(path).expanduser()
+        there = place.exists()
+        claim = "/" if place.is_dir() else place.name.lower() if there else "hub:"
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.name.lower().endswith(endings)
+        if not there and looks_local:
+            problems.append(Problem(f"--{flag} {path}: there is no such file"))
+            continue
+        claiming = (Pick(entry.name) for entry in formats if claim.endswith(tuple(entry.suffixes) or ("\0",)))
+        pick = next(iter((*ask.recipe.picks.get("format", ()), *claiming)), None)
+        if pick is None:
+            known = ", ".join(f"{entry.name} ({' '.join(entry.suffixes)})" for entry in formats)
+            problems.append(Problem(f"--{flag} {path}: no format claims it", f"--format NAME, of: {known}"))
+            continue
+        component = _component("format", pick, ask, settings, problems)
+        if component is not None:
+            # Absolute, as a run may be resumed from elsewhere.
+            sources.append(DataSource(str(place.absolute()) if there else path, component))
+    return tuple(sources)
 
 
-def _idle(choice: Choice) -> Iterator[Problem]:
-    """What samples and judges, beside an algorithm that does without."""
-    for kind in ("engine", "reward"):
-        if choice.picks.get(kind) and "rollouts" not in choice.algorithm.requires:
-            what = f"{choice.algorithm.name} samples nothing, it learns from its data"
-            yield Problem(f"--{kind} {choice.picks[kind][0].name}: {what}", f"leave --{kind} out")
-
-
-def _data(
-    ask: Ask, choice: Choice
-) -> tuple[tuple[DataSource, ...], tuple[DataSource, ...], list[Problem]]:
-    """(what is learnt from, what is held out, why some can't be read)."""
-    data, eval_data = ask.recipe.data, ask.recipe.eval_data
-    if choice.starter is not None and not data:
-        data, eval_data = (choice.starter.data,), eval_data or (choice.starter.eval_data,)
-    sources, problems = [], []
-    for flag, paths in (("data", data), ("eval-data", eval_data)):
-        found: list[DataSource] = []
-        for path in map(resource, paths):
-            source, unread = _source(flag, path, ask, choice.settings)
-            problems += unread
-            if source
-        sources.append(tuple(found))
-    return sources[0], sources[1], problems
+def _notes(recipe: Recipe, choice: Choice, roles: list[RolePlan]) -> Iterator[str]:
+    """Decisions that the user didn't make, each with its reason."""
+    for kind in ("algo", "engine", "reward", "backend"):
+        if choice.picks.get(kind) and not recipe.picks.get(kind):
+            names = ", ".join(pick.name for pick in choice.picks[kind])
+            yield f"--{kind} {names}: taken because none was named"
+    for role in roles:
+        if role.view == "adapters-off":
+            yield f"role {role.name}: {role.module} with its adapters off, so it costs no memory"
+    if choice.starter and not recipe.data:
+        yield f"data: the starter {choice.starter.name!r}, because no --data was given"

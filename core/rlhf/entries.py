@@ -164,7 +164,7 @@ class FormatEntry(Entry):
 
 @attrs.frozen(kw_only=True)
 class TrackerEntry(Entry):
-    """Hears of the run's events: logs, reports, callbacks. Those with a rank listen unasked."""
+    """Hears of the run's events: logs, reports, callbacks. Those with a rank listen unasked, but for `--track none`."""
 
     kind: ClassVar[str] = "track"
 
@@ -215,6 +215,8 @@ KINDS: dict[str, type[Entry]] = {entry.kind: entry for entry in ENTRY_TYPES}
 """Kind = flag = YAML key -> its entry type."""
 MANY = frozenset({"reward", "mem", "track"})
 """Kinds of which a plan may hold several."""
+NONE = "none"
+"""No component's name: `--track none` leaves out those that listen unasked, too."""
 SINGLE = ("policy", "engine", "optim", "backend", "launch")
 """Kinds of which a plan holds one at most, beside its algorithm."""
 

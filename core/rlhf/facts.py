@@ -75,25 +75,27 @@ def _gpus() -> tuple[Gpu, ...]:
         return ()
     try:
         import pynvml  # type: ignore[import-untyped,unused-ignore]
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, no driver or no device: all mean that there is nothing to plan for
+    except ImportError:
         return ()
     try:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        if visible and all(part.strip().isdigit() for part in visible.split(",")):
-            handles = [handles[int(part)] for part in visible.split(",") if int(part) < len(handles)]
-        return tuple(
-            Gpu(
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+        pynvml.nvmlInit()
+        try:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            if visible and all(part.strip().isdigit() for part in visible.split(",")):
+                handles = [handles[int(part)] for part in visible.split(",") if int(part) < len(handles)]
+            return tuple(
+                Gpu(
+                    name=str(pynvml.nvmlDeviceGetName(handle)),
+                    memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                    compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+                )
+                for handle in handles
             )
-            for handle in handles
-        )
-    finally:
-        pynvml.nvmlShutdown()
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # no driver, no device, or one that can't be asked: nothing is known to plan for
+        return ()
 
 
 @attrs.frozen

@@ -441,3 +441,18 @@ class Launcher(Component):
     def launch(self, run: Callable[[], int]) -> int:
         """Carry out `run` in every rank; returns the exit code. `run` carries out one rank in this process."""
         return run()
+
+
+CLASS_OF_KIND: dict[str, type[Component]] = {
+    "algo": Algorithm,
+    "policy": Policy,
+    "engine": Engine,
+    "reward": Reward,
+    "mem": MemoryStrategy,
+    "optim": OptimizerStrategy,
+    "backend": Backend,
+    "format": Format,
+    "track": Tracker,
+    "launch": Launcher,
+}
+"""Kind -> what its implementations derive from."""

@@ -9,6 +9,7 @@ is in `state`, so a run killed at any instant and resumed computes what it would
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import random
 import resource
@@ -16,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ import torch
 
 from rlhf import checkpoint
 from rlhf.data import Feed, derive
-from rlhf.errors import Interrupted, RunError
-from rlhf.interfaces import Algorithm, Backend, Context, OptimizerStrategy, State, Tracker
+from rlhf.errors import Interrupted, Problem, RequestError, RunError
+from rlhf.interfaces import Algorithm, Backend, Context, MemoryStrategy, OptimizerStrategy, State, Tracker
 from rlhf.models import Models, Scorer, cut, weight_stream
 from rlhf.offline import OfflineData
 from rlhf.plan import Plan
@@ -61,6 +62,26 @@ class Parts:
     heldout_data: OfflineData | None = None
     last: int | None = None
     """Where the data ends for a run that goes by epochs: positions of items."""
+
+    def hold_out(self, most: int | None) -> None:
+        """Evaluate at most so many of the rows that are held out."""
+        self.heldout_prompts = self.heldout_prompts[:most]
+        if self.heldout_data is not None:
+            self.heldout_data.items = self.heldout_data.items[:most]
+
+    def close(self) -> None:
+        """Free what components hold outside this process."""
+        if self.sampler is not None:
+            self.sampler.engine.close()
+
+    def digest(self) -> str:
+        """Of the data as encoded: a run goes on only with what it began with, since rows are known by number."""
+        if self.data is not None:
+            return self.data.digest()
+        found = hashlib.sha256()
+        for _, tokens in self.prompts:
+            found.update(tokens.numpy().tobytes() + b"/")
+        return found.hexdigest()
 
 
 class Loop:
@@ -182,16 +203,17 @@ class Loop:
                 raise RunError(f"{parts.plan.algo.name} asked for no sample in step {self.step}")
             rollouts = sampler.sample(requests, f"step-{self.step}")
         with clock("reward"):
+            sampled = len(rollouts)
             rollouts, failures = sampler.judge(rollouts)
         for name, values in describe(rollouts).items():
             parts.context.metrics.mean(name, values)
         if len(rollouts) > 1:
             parts.context.metrics.mean("reward/std", rollouts.rewards.std(unbiased=False))
         parts.context.metrics.mean("rollout/failed", float(len(failures)))
+        parts.context.metrics.mean("rollout/left_out", float(sampled - len(rollouts)))
         for why in failures[:1]:
-            self.say(
-                f"step {self.step + 1}: {len(failures)} rollouts failed to be judged and are left out; first: {why}"
-            )
+            left_out = f"{sampled - len(rollouts)} are left out, whole groups"
+            self.say(f"step {self.step + 1}: {len(failures)} rollouts failed to be judged, {left_out}; first: {why}")
         self._log_samples(rollouts)
         self._tell("rollout_finished", self.step + 1, rollouts)
         with clock("experience"), torch.no_grad():
@@ -263,8 +285,9 @@ class Loop:
             for name, part in batch.logged.items():
                 logged[name] = logged.get(name, torch.zeros((), dtype=torch.float64)) + part.double()
         result = backend.update(factor)
-        names = sorted(logged)
-        reduced = backend.world.sum(torch.stack([logged[name] for name in names]))
+        names = sorted(set().union(*backend.world.gather(list(logged))))  # a rank may log what another doesn't
+        nothing = torch.zeros((), dtype=torch.float64)
+        reduced = backend.world.sum(torch.stack([logged.get(name, nothing) for name in names]))
         metrics = dict(zip(names, reduced.tolist(), strict=True))
         metrics["optim/grad_norm"] = result.grad_norm
         metrics["optim/learning_rate"] = result.learning_rate
@@ -308,11 +331,12 @@ class Loop:
             "optimizer": parts.optimizer.state(),
             "policy": parts.models.policy.state(),
             "memory": {
-                module: {strategy_name(s): s.state() for s in strategies}
+                module: {key: s.state() for key, s in _keyed(parts.plan, module, strategies)}
                 for module, strategies in parts.models.strategies.items()
             },
             "engine": parts.sampler.engine.state() if parts.sampler else {},
             "rewards": {s.name: s.reward.state() for s in parts.sampler.sources} if parts.sampler else {},
+            "digest": parts.digest(),
             "data": parts.data.state() if parts.data else {},
             "heldout_data": parts.heldout_data.state() if parts.heldout_data else {},
         }
@@ -324,6 +348,8 @@ class Loop:
         self.heldout_before, self.heldout_after = loop["heldout_before"], loop["heldout_after"]
         self._seconds_before = loop["wall_seconds"]
         restore(parts, state)
+        if parts.data:
+            parts.data.load_state(state["data"])
         if parts.heldout_data:
             parts.heldout_data.load_state(state["heldout_data"])
 
@@ -390,6 +416,17 @@ class Loop:
                 signal.signal(number, handler)
 
 
+def check_data(parts: Parts, state: Mapping[str, Any]) -> None:
+    """Rows are known by number, so a run goes on only with those it began with.
+
+    Raises:
+        RequestError: there are others.
+    """
+    if state["digest"] != parts.digest():
+        fix = "give it the data it began with, or start another run"
+        raise RequestError(Problem("--data holds other rows than the run began with", fix))
+
+
 def restore(parts: Parts, state: Mapping[str, Any]) -> None:
     """Give every component the state that a checkpoint holds."""
     parts.backend.load_state(state["backend"])
@@ -397,14 +434,12 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> None:
     parts.optimizer.load_state(state["optimizer"])
     parts.models.policy.load_state(state["policy"])
     for module, strategies in parts.models.strategies.items():
-        for strategy in strategies:
-            strategy.load_state(state["memory"][module][strategy_name(strategy)])
+        for key, strategy in _keyed(parts.plan, module, strategies):
+            strategy.load_state(state["memory"][module][key])
     if parts.sampler:
         parts.sampler.engine.load_state(state["engine"])
         for source in parts.sampler.sources:
             source.reward.load_state(state["rewards"][source.name])
-    if parts.data:
-        parts.data.load_state(state["data"])
 
 
 def evaluate(parts: Parts) -> dict[str, float]:
@@ -453,8 +488,8 @@ def reseed(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def strategy_name(strategy: Any) -> str:
-    return type(strategy).__name__
+def _keyed(plan: Plan, module: str, strategies: Sequence[MemoryStrategy]) -> Iterator[tuple[str, MemoryStrategy]]:
+    return zip((component.key for component in plan.role(module).mem), strategies, strict=True)
 
 
 def peak_rss() -> int:

@@ -148,7 +148,7 @@ def _load(
         trust_remote_code=context.plan.run.trust_remote_code,
         seed=seed,
     )
-    strategies: list[MemoryStrategy] = [resolve(c.entry.impl)(c.config, context) for c in role.mem]
+    strategies: list[MemoryStrategy] = [resolve(c)(c.config, context) for c in role.mem]
     for strategy in strategies:
         spec = strategy.load(spec)
     module = policy.load(spec)

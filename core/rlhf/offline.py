@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import attrs
@@ -85,6 +86,14 @@ class OfflineData:
                 {name: parts[i].clone() for name, parts in tokens.items()},
                 {name: parts[i].clone() for name, parts in responses.items()},
             )
+
+    def digest(self) -> str:
+        """Of the rows as encoded."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            for example in row:
+                found.update(example.prompt.numpy().tobytes() + b"/" + example.response.numpy().tobytes() + b"/")
+        return found.hexdigest()
 
     def state(self) -> State:
         rows = sorted(self._kept)

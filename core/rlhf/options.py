@@ -93,6 +93,12 @@ def info(field: attrs.Attribute[Any]) -> OptionInfo:
     return found
 
 
+def default_of(field: attrs.Attribute[Any]) -> Any:
+    """The value where the user says nothing; `attrs.NOTHING` for an option that is required."""
+    default: Any = field.default
+    return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
+
+
 def fields(config: type) -> dict[str, attrs.Attribute[Any]]:
     """The option fields of a config class by name, their types resolved."""
     attrs.resolve_types(config)
@@ -221,22 +227,27 @@ def structure(config: type | None, given: Mapping[str, Any], flag: str) -> tuple
     """
     known = fields(config) if config is not None else {}
     problems, values = [], {}
+    written = {name: name.replace("_", "-") for name in known}
     for name, raw in given.items():
         field = known.get(name.replace("-", "_"))
         if field is None:
             near = nearest(name, known)
-            fix = f"did you mean {flag}{near}?" if near else f"its options: {', '.join(known) or 'none'}"
-            problems.append(Problem(f"unknown option {flag}{name}", fix))
+            fix = (
+                f"did you mean {flag}{written[near]}?"
+                if near
+                else f"its options: {', '.join(written.values()) or 'none'}"
+            )
+            problems.append(Problem(f"unknown option {flag}{name.replace('_', '-')}", fix))
             continue
         try:
             values[field.name] = convert(raw, field.type)
             if field.validator is not None:
                 field.validator(None, field, values[field.name])
         except (ValueError, TypeError) as error:
-            problems.append(Problem(f"{flag}{name} {error}", info(field).text()))
+            problems.append(Problem(f"{flag}{written[field.name]} {error}", info(field).text()))
     for name, field in known.items():
         if field.default is attrs.NOTHING and name not in values and name not in {n.replace("-", "_") for n in given}:
-            problems.append(Problem(f"{flag}{name} is required", info(field).text()))
+            problems.append(Problem(f"{flag}{written[name]} is required", info(field).text()))
     if problems or config is None:
         return None, problems
     try:
@@ -246,9 +257,9 @@ def structure(config: type | None, given: Mapping[str, Any], flag: str) -> tuple
 
 
 def typed(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """A value as it is typed on the command line; nothing at all is none."""
     if isinstance(value, Mapping):
         return ",".join(f"{key}={typed(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ",".join(map(typed, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool | None) else str(value)

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import yaml
 
-from rlhf.entries import KINDS, MANY
+from rlhf.entries import KINDS, MANY, NONE
 from rlhf.errors import Problem, RequestError
 from rlhf.options import fields, nearest, option
 
@@ -59,7 +59,7 @@ class Pick:
 
 
 Picks = Mapping[str, tuple[Pick, ...]]
-"""Kind -> the components named, in the order typed."""
+"""Kind -> the components named, in the order typed. That no tracker is to listen is said by ()."""
 
 
 @attrs.frozen
@@ -198,7 +198,16 @@ def _picks(kind: str, value: Any, where: str, problems: list[Problem]) -> tuple[
             problems.append(Problem(what, f"write '{kind}: NAME' or '{kind}: {{name: NAME, OPTION: VALUE}}'"))
     if len(found) > 1 and kind not in MANY:
         problems.append(Problem(f"{where}: {kind} takes one component, not {len(found)}"))
-    return tuple(found)
+    return _none_or(kind, found, f"{where}: {kind}: ", problems)
+
+
+def _none_or(kind: str, picks: list[Pick], where: str, problems: list[Problem]) -> tuple[Pick, ...]:
+    """The picks; of trackers, none at all where that is said."""
+    if kind != "track" or NONE not in [pick.name for pick in picks]:
+        return tuple(picks)
+    if len(picks) > 1:
+        problems.append(Problem(f"{where}{NONE} stands alone: with others it says nothing", "leave it or them out"))
+    return ()
 
 
 def parse_pick(text: str) -> Pick:
@@ -274,7 +283,7 @@ def from_flags(
             else:
                 found.extend(parse_pick(part) for part in (value.split(",") if kind in MANY else [value]) if part)
         if found:
-            picks[kind] = tuple(found)
+            picks[kind] = _none_or(kind, found, f"--{kind} ", problems)
     models: list[str] = []
     for value in flags.get("model") or ():
         scoped = _ROLE_VALUE.fullmatch(value)

@@ -9,16 +9,19 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import pluggy
 
 from rlhf import API_VERSION
-from rlhf.entries import KINDS, Entry, StarterEntry
+from rlhf.entries import KINDS, NONE, Entry, StarterEntry
 from rlhf.errors import Problem, RequestError
 from rlhf.hooks import GROUP, HOOK_OF_KIND, Hooks
 from rlhf.options import fields, nearest
+
+if TYPE_CHECKING:
+    from rlhf.plan import Component
 
 _NAME = re.compile(r"[a-z0-9]+([-+._][a-z0-9]+)*\+*")
 _HEAVY = ("torch", "transformers", "vllm", "deepspeed")
@@ -126,6 +129,8 @@ def _check(entry: Entry) -> str:
         return f"made for plugin API {entry.api_version}, this is {API_VERSION}: install a matching release of it"
     if not _NAME.fullmatch(entry.name):
         return f"{entry.name!r} is no legal name: lower case, digits, and - + . between them"
+    if entry.name == NONE:
+        return f"{NONE!r} is no legal name: it stands for no component"
     if entry.impl.count(":") != 1:
         return f"impl must read 'module:Class', not {entry.impl!r}"
     if entry.config is not None and not attrs.has(entry.config):
@@ -236,17 +241,26 @@ def _call(registry: Registry, plugin: Any, hook: str, source: _Source) -> list[A
         return []
 
 
-def resolve(reference: str) -> Any:
-    """Import `module:Class` after the plan is accepted.
+def resolve(component: Component) -> Any:
+    """Import a component's class, after the plan is accepted.
 
     Raises:
-        RequestError: the module or the name in it is not there.
+        RequestError: its module can't be imported, whatever it raises, or holds no such class of this kind.
     """
-    module, _, name = reference.partition(":")
+    from rlhf.interfaces import CLASS_OF_KIND  # imports torch
+
+    where = f"{component}: its implementation {component.entry.impl}"
+    fix = f"install {component.distribution or 'it'} again, or tell its author"
+    module, _, name = component.entry.impl.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RequestError(Problem(f"{reference} could not be imported: {type(error).__name__}: {error}")) from error
+        found = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        what = f"{where} could not be imported: {type(error).__name__}: {error}"
+        raise RequestError(Problem(what, fix)) from error
+    wanted = CLASS_OF_KIND[component.kind]
+    if not (isinstance(found, type) and issubclass(found, wanted)):
+        raise RequestError(Problem(f"{where} is no class that derives from rlhf.api.{wanted.__name__}", fix))
+    return found
 
 
 def loaded() -> Registry:

@@ -3,7 +3,7 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
 
@@ -24,7 +24,7 @@ def roles_of(component: Component) -> tuple[Role, ...]:
     return roles(component.config) if callable(roles) else roles
 
 
-def wanted_roles(algorithm: Component, rewards: list[Component]) -> list[Role]:
+def wanted_roles(algorithm: Component, rewards: Iterable[Component]) -> list[Role]:
     """Every role of a run, each after the one it starts from or shares with, else as declared. A labelled reward's
     role takes its label."""
     roles = list(roles_of(algorithm))

@@ -26,11 +26,16 @@ class Source:
 
 
 def seeded(requests: Sequence[Sample], seed: int, purpose: str) -> list[Sample]:
-    """Give each request a seed of its own: from its place in the global batch, so the same on any number of ranks."""
-    return [
-        request if request.seed is not None else attrs.evolve(request, seed=derive(seed, purpose, i))
-        for i, request in enumerate(requests)
-    ]
+    """Give each request a seed of its own: from its prompt's place in the global batch, so the same on any number of
+    ranks."""
+    found, before = [], dict[int, int]()
+    for request in requests:
+        place = request.prompt.index
+        nth = before.get(place, 0)
+        before[place] = nth + 1
+        own = request.seed if request.seed is not None else derive(seed, purpose, place, nth)
+        found.append(attrs.evolve(request, seed=own))
+    return found
 
 
 def gather(requests: Sequence[Sample], generation: Generation, codec: Codec, temperature: float) -> Rollouts:

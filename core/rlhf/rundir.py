@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,7 @@ import yaml
 from rlhf import __version__
 from rlhf.checkpoint import write_atomic
 from rlhf.errors import Problem, RequestError
+from rlhf.options import typed
 from rlhf.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "attrs",
@@ -55,13 +56,11 @@ class RunDirectory:
             fix = "add --resume to go on with it, or give another folder"
             raise RequestError(Problem(f"--output {self.path}: holds a run already", fix))
         before, now = self.recipe(), plain(plan.to_recipe())
-        changed = [
-            key for key in sorted({*before, *now}) if key not in _FREE_TO_CHANGE and before.get(key) != now.get(key)
-        ]
+        before, now = ({key: recipe[key] for key in recipe.keys() - _FREE_TO_CHANGE} for recipe in (before, now))
+        changed = "; ".join(_differences(before, now))
         if changed:
-            lines = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed)
             fix = "resume with the same options, or with --output alone, which repeats them"
-            raise RequestError(Problem(f"--output {self.path}: holds another run: {lines}", fix))
+            raise RequestError(Problem(f"--output {self.path}: holds another run: {changed}", fix))
 
     def open(self, plan: Plan) -> None:
         """Make the folder and write what is known before the first step.
@@ -82,6 +81,12 @@ class RunDirectory:
         write_atomic(self.path / "recipe.yaml", recipe)
         self._json("environment.json", environment(plan))
         self._json("plan.json", plan.to_json())
+
+    def close(self) -> None:
+        """Let another process work in it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def recipe(self) -> dict[str, Any]:
         """The recipe the folder was made with.
@@ -178,6 +183,28 @@ def environment(plan: Plan) -> dict[str, Any]:
         "packages": versions,
         "plugins": plugins,
     }
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """What differs between two resolved recipes, each by its dotted key."""
+    old, new = _parts(before), _parts(now)
+    if old is not None and new is not None and old.get("name") == new.get("name"):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield f"{key}: {_shown(before)} there, {_shown(now)} now"
+
+
+def _parts(value: Any) -> Mapping[str, Any] | None:
+    """What a recipe holds under a key: options by name, components by label or name; None of a plain value."""
+    if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        return {part.get("label") or part["name"]: part for part in value}
+    return {} if value is None else value if isinstance(value, Mapping) else None
+
+
+def _shown(value: Any) -> str:
+    """A component by its name alone, anything else as it is typed."""
+    return str(value["name"]) if isinstance(value, Mapping) and "name" in value else typed(value) or "none"
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from rlhf.entries import KINDS, SINGLE, address
+from rlhf.entries import KINDS, NONE, SINGLE, address
 from rlhf.options import typed
 from rlhf.recipe import Pick, Picks, Recipe
 from rlhf.registry import Registry
@@ -56,6 +56,8 @@ def command(recipe: Recipe) -> str:
     words = ["rlhf", "run"]
     options = dict(recipe.options)
     for kind in KINDS:
+        if kind == "track" and recipe.picks.get(kind) == ():
+            words += [f"--{kind}", NONE]
         for pick in recipe.picks.get(kind, ()):
             words += [f"--{kind}", name(pick)]
             prefix = address(kind, pick.key)

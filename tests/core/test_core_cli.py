@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 from rlhf.cli import main
+from rlhf.entries import PolicyEntry
 from rlhf.errors import Interrupted, RunError
+from rlhf.registry import Registry
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy")
 
@@ -101,7 +103,7 @@ def test_how_a_run_ends_is_its_exit_code(
 def test_problems_are_all_told_each_with_what_to_type(rlhf: Rlhf) -> None:
     err = rlhf("plan", "--algo", "ppo", "--algo.clip-rnage", "1", "--mem", "lroa", "--seed", "-1").err
     assert err.count("error: ") == 3
-    assert "did you mean --algo.clip_range?" in err
+    assert "did you mean --algo.clip-range?" in err
     assert "did you mean 'lora'?" in err
     assert "--seed must be >= 0, not -1" in err
 
@@ -160,6 +162,7 @@ def test_help_with_components_shows_their_options(rlhf: Rlhf) -> None:
     assert "[required]" in out
     assert "--format.columns key=value list" in out
     assert "Factory" not in out
+    assert "(none: not even those)" in " ".join(out.split())
 
 
 # Listings
@@ -186,8 +189,30 @@ def test_show_a_component(rlhf: Rlhf) -> None:
     assert "provides adapters" in out
     assert "--mem.lora.rank int" in out
     assert "did you mean 'lora'?" in rlhf("plugins", "show", "loraa").err
+    rows = json.loads(rlhf("plugins", "show", "lora", "--json").out)
+    assert [(row["kind"], row["provides"], row["requires"], row["conflicts"]) for row in rows] == [
+        ("mem", ["adapters"], [], [])
+    ]
+    options = {option.pop("name"): option for option in rows[0]["options"]}
+    assert options["rank"] == {
+        "type": "int", "required": False, "default": 16, "choices": [], "unit": "",
+        "help": "of the update B A to each adapted matrix", "source": "r in Hu et al. 2021",
+    }  # fmt: skip
+    assert options["targets"]["default"] == []  # of a factory, what it makes
+    (python,) = (row for row in json.loads(rlhf("plugins", "show", "python", "--json").out) if row["kind"] == "reward")
+    path = next(option for option in python["options"] if option["name"] == "path")
+    assert (path["required"], path["default"]) == (True, None)
     # one name may be of several kinds
     assert {row["kind"] for row in json.loads(rlhf("plugins", "show", "hf", "--json").out)} >= {"policy", "engine"}
+
+
+def test_show_an_ill_made_component(
+    rlhf: Rlhf, make_registry: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make_registry(PolicyEntry(name="fake-ill", summary="s", impl="a:B", config=dict))
+    monkeypatch.setattr("rlhf.cli.plugins.loaded", lambda: registry)
+    assert "config must be an attrs class" in rlhf("plugins", "show", "fake-ill").out
+    assert json.loads(rlhf("plugins", "show", "fake-ill", "--json").out)[0]["status"] == "failed"
 
 
 # Light

@@ -197,6 +197,22 @@ def test_defaults_of_the_algorithm_then_yaml_then_flags(
     assert (made.mem[-1].config, made.run.batch_size) == (Size(rank=2), 7)
 
 
+def test_trackers_that_listen_unasked_are_joined_by_the_named_and_silenced_by_none(
+    plan: Planned, registry: Registry, machine: Machine, data: str
+) -> None:
+    def trackers(*words: str) -> list[str]:
+        return [component.name for component in plan("--algo", "fake-pairs", *words).trackers]
+
+    assert trackers() == ["fake-track"]
+    assert trackers("--track", "fake-quiet") == ["fake-track", "fake-quiet"]
+    assert trackers("--track", "none") == []
+    silent = plan("--algo", "fake-pairs", "--track", "none")
+    assert compose(from_mapping(silent.to_recipe(), "again.yaml"), registry, machine).trackers == ()
+    # a suggestion says it again
+    error = problems(lambda: plan("--algo", "fake-pairs", "--track", "none", "--mem", "fake-half,fake-full"))
+    assert "--track none" in error.suggestion
+
+
 # What doesn't fit
 
 
@@ -234,18 +250,25 @@ def test_a_strategy_may_exclude_others_that_give_what_it_gives(
 
 def test_a_slot_holds_one(plan: Planned) -> None:
     error = problems(lambda: plan("--algo", "fake-pairs", "--mem", "fake-half,fake-full"))
-    assert told(error) == [
-        "--mem fake-full and fake-half: a role has one precision (role policy)",
-        "--mem fake-full and fake-half: a role has one precision (role reference)",
+    # one mistake is one problem, however many roles it is a mistake for
+    assert told(error) == ["--mem fake-full and fake-half: a role has one precision (roles policy, reference)"]
+
+
+def test_roles_share_a_problem_only_where_it_is_the_same(plan: Planned, machine: Machine) -> None:
+    plain = attrs.evolve(machine, cpu_flags=frozenset())
+    words = ("--mem", "fake-full", "--mem", "policy=fake-half", "--mem", "value=fake-half,fake-full")
+    assert told(problems(lambda: plan(*ONLINE_WORDS, *words, on=plain))) == [
+        "--mem fake-half needs 'bf16', which nothing provides (roles policy, value)",
+        "--mem fake-full and fake-half: a role has one precision (role value)",
     ]
 
 
 def test_a_strategy_acts_once_on_a_role(plan: Planned, registry: Registry, machine: Machine, data: str) -> None:
     error = problems(lambda: plan("--algo", "fake-alone", "--mem", "fake-adapter:a,fake-adapter:b"))
-    assert told(error) == ["--mem fake-adapter acts twice on role policy"]
+    assert told(error) == ["--mem fake-adapter acts twice on one role (role policy)"]
     twice = {"mem": [{"name": "fake-adapter", "rank": rank} for rank in (2, 4)], "model": "org/base", "data": data}
     error = problems(lambda: compose(from_mapping({"algo": "fake-alone", **twice}, "r.yaml"), registry, machine))
-    assert told(error) == ["--mem fake-adapter acts twice on role policy"]
+    assert told(error) == ["--mem fake-adapter acts twice on one role (role policy)"]
     same = plan("--algo", "fake-alone", "--mem", "fake-wrap:a,fake-adapter:a")
     assert mem(same, "policy") == ["fake-half", "fake-adapter", "fake-wrap"]  # a label of two sorts loses neither
     assert mem(plan("--algo", "fake-alone", "--mem", "fake-wrap", "--mem", "fake-wrap"), "policy")[1:] == ["fake-wrap"]
@@ -287,8 +310,8 @@ def test_all_problems_at_once(plan: Planned, tmp_path: Path) -> None:
             "--data", "no.jsonl", "--batch-size", "0", "--max-steps", "soon",
         )
     )  # fmt: skip
-    parts = ("no --mem 'fake-adaptr'", "--mem.fake-wrap.x", "holds no model", "no.jsonl", "--batch_size must be >= 1",
-             "--max_steps must be int")  # fmt: skip
+    parts = ("no --mem 'fake-adaptr'", "--mem.fake-wrap.x", "holds no model", "no.jsonl", "--batch-size must be >= 1",
+             "--max-steps must be int")  # fmt: skip
     assert len(error.problems) == len(parts)
     for part in parts:
         assert any(part in what for what in told(error)), part
@@ -310,6 +333,18 @@ def test_all_problems_at_once(plan: Planned, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_one_mistake_is_one_problem(plan: Planned, words: tuple[str, ...], what: list[str]) -> None:
     assert told(problems(lambda: plan(*words))) == what
+
+
+def test_messages_write_options_as_help_does(
+    make_registry: Callable[..., Registry], plan: Planned, tmp_path: Path
+) -> None:
+    config = attrs.make_class("C", {"in_bytes": option(1, help="of it")})
+    registry = make_registry(*BASE, EngineEntry(name="fake-sized", config=config, **IMPL))
+    words = ("--engine", "fake-sized", *ONLINE_WORDS)
+    error = problems(lambda: plan(*words, "--engine.in_byte", "1", among=registry))
+    assert str(error) == "unknown option --engine.in-byte\n    did you mean --engine.in-bytes?"
+    error = problems(lambda: plan("--algo", "fake-pairs", "--engine.in_bytes", "1", among=registry))
+    assert told(error) == ["--engine.in-bytes: the run has no --engine"]
 
 
 def test_a_label_where_none_can_be(plan: Planned) -> None:

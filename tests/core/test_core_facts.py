@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +141,53 @@ def test_this_machine() -> None:
     assert made.cpus >= 1
     assert made.memory_bytes > 1 << 20
     assert made.world_size == 3
+
+
+class Nvml(types.ModuleType):
+    """Stands for pynvml, with two devices; the call named by `broken` fails."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__("pynvml")
+        self.broken = broken
+
+    def __getattr__(self, name: str) -> Any:
+        results: dict[str, Callable[..., Any]] = {
+            "nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "nvmlDeviceGetCount": lambda: 2,
+            "nvmlDeviceGetHandleByIndex": lambda i: i, "nvmlDeviceGetName": lambda device: "AB"[device],
+            "nvmlDeviceGetMemoryInfo": lambda device: types.SimpleNamespace(total=80 << 30),
+            "nvmlDeviceGetCudaComputeCapability": lambda device: (8, 0),
+        }  # fmt: skip
+
+        def ask(*arguments: Any) -> Any:
+            if name == self.broken:
+                raise self.NVMLError("GPU is lost")
+            return results[name](*arguments)
+
+        return ask
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, "AB"), ("1", "B"), ("1,0", "BA"), ("0,7", "A"), ("GPU-af", "AB"), ("", ""), ("-1", "")],
+)
+def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch, visible: str | None, names: str) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert facts.machine().gpus == tuple(Gpu(name, 80 << 30, (8, 0)) for name in names)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetMemoryInfo", "nvmlShutdown"],
+)
+def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(broken=call))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert facts.machine().gpus == ()
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert facts.machine().gpus == ()

@@ -285,13 +285,14 @@ def test_a_tracker_that_raises_is_reported_and_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ppo", "dpo"])
 def test_evaluation_leaves_no_trace(tmp_path: Path, name: str) -> None:
     def change(parts: Parts) -> None:
-        """Components that report of whatever they see, held-out rows too."""
+        """Components that report of whatever they see, held-out rows too, and draw random numbers."""
         sink = parts.context.metrics
         if parts.sampler is not None:
             judge = parts.sampler.sources[0].reward.judge
 
             def telling(rollouts: Rollouts, score: Score) -> Any:
                 sink.mean("mine/seen", float(len(rollouts)))
+                sink.mean("mine/drawn", torch.rand(()))
                 return judge(rollouts, score)
 
             parts.sampler.sources[0].reward.judge = telling  # type: ignore[method-assign]
@@ -300,6 +301,7 @@ def test_evaluation_leaves_no_trace(tmp_path: Path, name: str) -> None:
 
             def telling_too(rollouts: Any, score: Score) -> Any:
                 sink.mean("mine/seen", float(len(rollouts)))
+                sink.mean("mine/drawn", torch.rand(()))
                 return experience(rollouts, score)
 
             parts.algorithm.experience = telling_too  # type: ignore[method-assign]
@@ -381,6 +383,24 @@ def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path) -
     samples = [json.loads(line) for line in (tmp_path / "stopped/samples.jsonl").read_text().split("\n") if line]
     assert [s["step"] for s in samples] == [1] * 4 + [2] * 4 + [3] * 4
     assert {"prompt", "response", "reward", "reward/answer", "finish", "tokens"} <= set(samples[0])
+
+
+def test_killed_before_the_model_was_written_it_goes_on_from_there(tmp_path: Path) -> None:
+    plan = plan_of(algo="sft", eval_rows=4)
+    run = Run(tmp_path, plan)
+
+    def cut_short() -> None:
+        raise KeyboardInterrupt
+
+    run.loop._save_model = cut_short  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.go()
+    before = run.metrics()
+    resumed = Run(tmp_path, plan)
+    resumed.loop._one_step = cut_short  # type: ignore[method-assign]  # no step is left to make
+    summary = resumed.go(resume=True)
+    assert summary["status"] == "done" and summary["heldout_after"] == run.loop.heldout_after != {}
+    assert run.directory.model.is_dir() and resumed.metrics() == before
 
 
 def rlhf(*words: str) -> int:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import attrs
 import pytest
 
-from rlhf.options import convert, fields, info, nearest, option, structure, type_name
+from rlhf.errors import Problem
+from rlhf.options import convert, fields, info, nearest, option, structure, type_name, typed
 
 
 @attrs.frozen(kw_only=True)
@@ -124,11 +125,12 @@ def problems_of(given: dict[str, Any]) -> list[str]:
     return [problem.what for problem in problems]
 
 
-def test_dashes_and_underscores_are_one() -> None:
-    @attrs.frozen(kw_only=True)
-    class TwoWords:
-        two_words: int = option(1, help="two")
+@attrs.frozen(kw_only=True)
+class TwoWords:
+    two_words: int = option(1, help="two")
 
+
+def test_dashes_and_underscores_are_one() -> None:
     for name in ("two-words", "two_words"):
         assert structure(TwoWords, {name: "2"}, "--algo.") == (TwoWords(two_words=2), [])
 
@@ -169,6 +171,8 @@ def test_an_unknown_option_names_the_nearest_or_all_there_are() -> None:
     assert near[0].fix == "did you mean --mem.fake.size?"
     far = structure(FakeConfig, {"qqqqqq": 1, "path": "p"}, "--mem.fake.")[1]
     assert far[0].fix == "its options: size, rate, style, parts, path"
+    dashed = structure(TwoWords, {"tow_words": 1}, "--algo.")[1]
+    assert dashed[0] == Problem("unknown option --algo.tow-words", "did you mean --algo.two-words?")
     none = structure(None, {"x": 1}, "--mem.fake.")[1]
     assert none[0].fix == "its options: none"
 
@@ -205,3 +209,18 @@ def test_the_help_carries_choices_unit_and_source() -> None:
 def test_nearest() -> None:
     assert nearest("GRPO", ["ppo", "grpo"]) == "grpo"
     assert nearest("xyz", ["ppo", "grpo"]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, float | None),
+        (True, bool),
+        (1e-06, float),
+        ("a b", str),
+        (("q_proj", "v_proj"), tuple[str, ...]),
+        ({"prompt": "question", "answer": "solution"}, dict[str, str]),
+    ],
+)
+def test_a_value_as_it_is_typed_reads_back(value: Any, kind: Any) -> None:
+    assert convert(typed(value), kind) == value

@@ -96,9 +96,26 @@ def test_labels_tell_two_of_a_sort_apart(typed: Typed) -> None:
     assert recipe.roles == {"2": RoleRecipe("PATH")}
 
 
+def test_no_tracker_at_all_is_said_by_none(typed: Typed, tmp_path: Path) -> None:
+    silent = Recipe(picks={"track": ()})
+    assert (
+        typed("--track", "none") == from_mapping({"track": "none"}, "r") == from_mapping({"track": []}, "r") == silent
+    )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("track: {name: console, samples: 2}")
+    assert typed(str(recipe), "--track", "none") == silent
+    recipe.write_text("track: []")
+    assert typed(str(recipe)) == silent
+    assert typed(str(recipe), "--track", "console").picks == {"track": (Pick("console"),)}
+    assert refused({"track": ["none", "console"]})[0].startswith("my.yaml: track: none stands alone")
+    # of the other kinds it is a name like any other, and nobody's
+    assert typed("--mem", "none").picks == {"mem": (Pick("none"),)}
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
+        (("--track", "none,console"), "--track none stands alone"),
         (("--model", "a", "--model", "b"), "--model is given twice: a, b"),
         (("--algo", "ppo", "--algo", "dpo"), "--algo takes one component, not 2"),
         (("--mem", "lora,reward=4bit"), "--mem lora,reward=4bit can't be read"),

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlhf import registry as registries
-from rlhf.entries import Entry
+from rlhf.entries import Entry, RewardEntry
 from rlhf.errors import Problem, RequestError
+from rlhf.plan import Component
 from rlhf.registry import Offer, Registry, resolve, status_of
 
 HEAD = "from rlhf.api import *\nfrom rlhf.api import hookimpl\nimport attrs\n"
@@ -133,6 +134,7 @@ def test_a_plugin_of_which_nothing_can_be_used(site: Site, installed: Registry, 
     ("entry", "reason"),
     [
         ("PolicyEntry(name='Big', summary='s', impl='a:B')", "'Big' is no legal name"),
+        ("PolicyEntry(name='none', summary='s', impl='a:B')", "'none' is no legal name: it stands for no component"),
         ("PolicyEntry(name='x', summary='s', impl='a.b')", "impl must read 'module:Class', not 'a.b'"),
         ("PolicyEntry(name='x', summary='s', impl='a:B', config=dict)", "config must be an attrs class"),
         ("PolicyEntry(name='x', summary='s', impl='a:B', rank='high')", "rank must be an int, not 'high'"),
@@ -268,8 +270,39 @@ def test_the_listing_has_the_fields_that_outsiders_read(installed: Registry) -> 
     assert all(list(row) == ["kind", "name", "summary", "distribution", "version", "status", "reason"] for row in rows)
 
 
-@pytest.mark.parametrize("reference", ["no_such_module:Thing", "rlhf.errors:NoSuchThing"])
-def test_an_implementation_that_is_not_there(reference: str) -> None:
-    with pytest.raises(RequestError, match=f"{reference} could not be imported"):
-        resolve(reference)
-    assert resolve("rlhf.errors:Problem") is Problem
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("", "could not be imported: AttributeError: module 'fake_plugin_impl' has no attribute 'Thing'"),
+        ("import no_such_module", "could not be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise RuntimeError('half installed')", "could not be imported: RuntimeError: half installed"),
+        ("raise SystemExit(3)", "could not be imported: SystemExit: 3"),
+        ("def broken(:", "could not be imported: SyntaxError"),
+        ("Thing = 3", "is no class that derives from rlhf.api.Reward"),
+        ("def Thing(config, context): ...", "is no class that derives from rlhf.api.Reward"),
+        ("from rlhf.api import Engine as Thing", "is no class that derives from rlhf.api.Reward"),
+    ],
+)
+def test_an_implementation_that_cannot_be_used(site: Site, source: str, reason: str) -> None:
+    (site.folder / "fake_plugin_impl.py").write_text(source)
+    entry = RewardEntry(name="fake-judge", summary="", impl="fake_plugin_impl:Thing")
+    with pytest.raises(RequestError) as caught:
+        resolve(Component(entry, None, "helpful", "fake-package", "1.2"))
+    (problem,) = caught.value.problems
+    where = "--reward helpful (from fake-package 1.2): its implementation fake_plugin_impl:Thing "
+    assert problem.what.startswith(where + reason)
+    assert problem.fix == "install fake-package again, or tell its author"
+    assert (caught.value.__cause__ is not None) == ("imported" in reason)  # the traceback is for its author
+
+
+def test_an_implementation_that_is_not_there() -> None:
+    entry = RewardEntry(name="fake-judge", summary="", impl="no_such_module:Thing")
+    with pytest.raises(RequestError, match=r"^--reward fake-judge: its implementation no_such_module:Thing could not"):
+        resolve(Component(entry))
+
+
+def test_every_implementation_of_what_is_installed_derives_from_its_kinds_class(installed: Registry) -> None:
+    ours = [offer.entry for offer in of(installed, "rlhf-kit") if offer.status == "ok" and offer.entry]
+    assert len(ours) > 20
+    for entry in ours:
+        assert resolve(Component(entry)).__name__ == entry.impl.partition(":")[2]

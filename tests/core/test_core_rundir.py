@@ -78,8 +78,10 @@ def test_a_run_killed_before_its_plan_was_written_can_still_be_started(
     [
         ({"batch_size": 5}, "batch_size: 4 there, 5 now"),
         ({"seed": 1}, "seed: 0 there, 1 now"),
-        ({"algo": {"name": "sft", "packing": True}}, "'packing': True"),
-        ({"mem": "bf16"}, "{'name': 'bf16'}"),
+        ({"algo": {"name": "sft", "packing": True}}, "holds another run: algo.packing: false there, true now\n"),
+        ({"optim": {"learning_rate": 0.5}}, "holds another run: optim.learning_rate: 0.001 there, 0.5 now\n"),
+        ({"mem": "bf16"}, "holds another run: mem.bf16: none there, bf16 now; mem.fp32: fp32 there, none now\n"),
+        ({"algo": "dpo"}, "holds another run: algo: sft there, dpo now; "),
         ({"eval_rows": 7}, "eval_rows: 256 there, 7 now"),  # which rows are held out says which are learnt from
         ({"batch_size": 5, "seed": 1}, "batch_size: 4 there, 5 now; seed: 0 there, 1 now"),
     ],

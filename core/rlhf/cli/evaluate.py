@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rlhf.recipe import from_mapping
 @click.command("eval")
 @click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option("--data", metavar="PATH", multiple=True, help="held-out data; left out, the run's own")
-@click.option("--rows", type=int, help="at most so many rows; left out, the run's own limit")
+@click.option("--rows", type=click.IntRange(min=1), help="at most so many rows; left out, the run's own limit")
 @click.option("--checkpoint", help="a checkpoint's name, such as step-000100, or 'best'; left out, the last")
 @click.option("--json", "as_json", is_flag=True, help="print as JSON")
 def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint: str | None, as_json: bool) -> None:
@@ -29,16 +30,16 @@ def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint:
 
     directory = RunDirectory(run_dir)
     recipe = directory.recipe()
-    for key in [*(("eval_data",) if data else ()), *(("eval_rows",) if rows is not None else ())]:
-        recipe[key] = list(data) if key == "eval_data" else rows
+    if data:
+        recipe["eval_data"] = list(data)
     plan = planned(from_mapping(recipe, str(run_dir / "recipe.yaml")))
     saved = {found.path.name: found for found in checkpoints.whole(directory.checkpoints)}
     if not saved:
         raise RequestError(Problem(f"{run_dir}: holds no checkpoint to evaluate"))
-    name = checkpoint or max(saved)
+    name = checkpoint or list(saved)[-1]
     if name == "best":
         best = (directory.summary() or {}).get("best")
-        name = f"step-{best['step']:06d}" if best else max(saved)
+        name = f"step-{best['step']:06d}" if best else list(saved)[-1]
     if name not in saved:
         raise RequestError(Problem(f"{run_dir}: there is no checkpoint {name!r}", f"it holds {', '.join(saved)}"))
     try:
@@ -46,8 +47,10 @@ def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint:
     except ValueError as error:
         raise RequestError(Problem(str(error), f"it holds {', '.join(saved)}")) from error
     parts = assemble(plan, say)
-    restore(parts, state)
-    found = measure(parts)
+    with contextlib.closing(parts):
+        restore(parts, state)
+        parts.hold_out(rows)
+        found = measure(parts)
     if as_json:
         click.echo(json.dumps({"checkpoint": name, **found}, indent=1))
         return

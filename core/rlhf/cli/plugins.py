@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import attrs
+import cattrs
 import click
 
 from rlhf.cli import say
 from rlhf.cli.recipes import option_rows
-from rlhf.entries import KINDS, MANY
+from rlhf.entries import KINDS, address
 from rlhf.errors import Problem, RequestError
-from rlhf.options import nearest
+from rlhf.options import default_of, fields, info, nearest, type_name
 from rlhf.registry import Offer, Registry, loaded, status_of
 
 
@@ -51,10 +54,38 @@ def show(name: str, as_json: bool) -> None:
         near = nearest(name, [offer.name for offer in registry.offers])
         raise RequestError(Problem(f"no component is called {name!r}", f"did you mean {near!r}?" if near else ""))
     if as_json:
-        click.echo(json.dumps(status_of(offers), indent=1))
+        rows = [{**row, **_details(offer)} for row, offer in zip(status_of(offers), offers, strict=True)]
+        click.echo(json.dumps(rows, indent=1))
         return
     for offer in offers:
         click.echo(_page(offer))
+
+
+def _details(offer: Offer) -> dict[str, Any]:
+    """What `show --json` tells beyond the listing."""
+    entry = offer.entry
+    if entry is None or offer.status == "failed":  # what is ill-made can't be read
+        return {}
+    return {
+        "provides": sorted(entry.provides),
+        "requires": sorted(entry.requires),
+        "conflicts": sorted(entry.conflicts),
+        "options": [_option(field) for field in fields(entry.config).values()] if entry.config else [],
+    }
+
+
+def _option(field: attrs.Attribute[Any]) -> dict[str, Any]:
+    about, default = info(field), default_of(field)
+    return {
+        "name": field.name,
+        "type": type_name(field.type),
+        "required": default is attrs.NOTHING,
+        "default": None if default is attrs.NOTHING else cattrs.unstructure(default),
+        "choices": list(about.choices),
+        "help": about.help,
+        "unit": about.unit,
+        "source": about.source,
+    }
 
 
 def _page(offer: Offer) -> str:
@@ -65,13 +96,13 @@ def _page(offer: Offer) -> str:
     if offer.reason:
         lines.append(f"  {offer.reason}")
     entry = offer.entry
-    if entry is None:
+    if entry is None or offer.status == "failed":
         return "\n".join(lines)
     for title, names in (("provides", entry.provides), ("requires", entry.requires), ("excludes", entry.conflicts)):
         if names:
             lines.append(f"  {title} {', '.join(sorted(names))}")
-    prefix = f"--{offer.kind}.{offer.name}." if offer.kind in MANY else f"--{offer.kind}."
-    lines += [f"  {flag}\n      {text}" for flag, text in option_rows(entry, prefix)]
+    rows = option_rows(entry, f"--{address(offer.kind, offer.name)}.")
+    lines += [f"  {flag}\n      {text}" for flag, text in rows]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import click
 
 from rlhf import options, recipe
 from rlhf.compose import chosen_entries
-from rlhf.entries import KINDS, MANY, Entry
+from rlhf.entries import KINDS, MANY, Entry, address
 from rlhf.errors import Problem, RequestError
 from rlhf.recipe import Recipe, RunOptions
 from rlhf.registry import Registry, loaded
@@ -26,7 +26,7 @@ _KIND_HELP = {
     "optim": "optimiser strategy",
     "backend": "parallel backend",
     "format": "format of the data; left out, by file name",
-    "track": "tracker; may be repeated",
+    "track": "tracker, beside those that listen unasked (none: not even those); may be repeated",
     "launch": "what starts the processes",
 }
 
@@ -71,30 +71,20 @@ def _component_help(formatter: click.HelpFormatter, asked: Recipe, registry: Reg
         for key, entry in entries.items():
             if entry.config is None:
                 continue
-            prefix = f"--{kind}.{key}." if kind in MANY else f"--{kind}."
             title = f"{kind} {entry.name}: {entry.summary}"
             with formatter.section(title):
-                formatter.write_dl(option_rows(entry, prefix))
+                formatter.write_dl(option_rows(entry, f"--{address(kind, key)}."))
 
 
 def option_rows(entry: Entry, prefix: str) -> list[tuple[str, str]]:
     """(flag with its type, help with default, unit and source) of each option of an entry."""
     rows = []
     for name, field in options.fields(entry.config).items() if entry.config else ():
-        default = "required" if field.default is attrs.NOTHING else f"default: {_shown(field.default)}"
+        value = options.default_of(field)
+        default = "required" if value is attrs.NOTHING else f"default: {options.typed(value) or 'none'}"
         flag = f"{prefix}{name.replace('_', '-')}"
         rows.append((f"{flag} {options.type_name(field.type)}", f"{options.info(field).text()}  [{default}]"))
     return rows
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
-        value = value.factory()
-    if value is None or (isinstance(value, tuple | list | dict) and not value):
-        return "none"
-    if isinstance(value, tuple | list):
-        return ",".join(map(_shown, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def split_fields(args: Sequence[str]) -> tuple[list[tuple[str, str | bool]], list[str]]:
@@ -147,7 +137,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for name, field in options.fields(RunOptions).items():
         flag = f"--{name.replace('_', '-')}"
         text = options.info(field).text()
-        shown = "" if field.default is None else f"  [default: {_shown(field.default)}]"
+        shown = "" if field.default is None else f"  [default: {options.typed(field.default)}]"
         if field.type is bool:
             decorators.append(click.option(flag, is_flag=True, default=None, help=text))
         else:

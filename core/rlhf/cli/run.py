@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,29 +92,39 @@ def carry_out(plan: Plan, output: Path | None, resume: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rlhf.assemble import assemble, make
     from rlhf.interfaces import Context, Launcher
-    from rlhf.loop import Loop, resume_from
+    from rlhf.loop import Loop, check_data, resume_from
     from rlhf.rundir import RunDirectory, default_path
 
     directory = RunDirectory(output or default_path(plan.algo.name))
     directory.check(plan, resume)
     before = directory.summary() if resume else None
-    if before and before.get("status") == "done" and directory.recipe().get("max_steps") == plan.run.max_steps:
+    if before and before.get("status") == "done" and _as_long(directory.recipe(), plan):
         say(f"{directory.path}: already finished after {before['steps']} steps; nothing to do")
         return 0
 
     def rank() -> int:
-        parts = assemble(plan, say)
-        directory.open(plan)
-        found = resume_from(directory, say) if resume else None
-        if resume:
-            step = found[1]["loop"]["step"] if found else 0
-            directory.cut_back(step)
-            say(f"resuming from {found[0]}" if found else f"{directory.path} holds no checkpoint yet: starting from 0")
-        Loop(parts, directory, say).run(found[1] if found else None)
+        with contextlib.ExitStack() as held:
+            parts = assemble(plan, say)
+            held.callback(parts.close)
+            directory.open(plan)
+            held.callback(directory.close)
+            found = resume_from(directory, say) if resume else None
+            if found:
+                check_data(parts, found[1])
+            if resume:
+                fresh = f"{directory.path} holds no checkpoint yet: starting from 0"
+                directory.cut_back(found[1]["loop"]["step"] if found else 0)
+                say(f"resuming from {found[0]}" if found else fresh)
+            Loop(parts, directory, say).run(found[1] if found else None)
         return 0
 
     launcher: Launcher = make(plan.launch, Context(plan=plan))
     return launcher.launch(rank)
+
+
+def _as_long(stored: Mapping[str, Any], plan: Plan) -> bool:
+    """The plan goes on no longer than the run that was made of the stored recipe."""
+    return (stored.get("max_steps"), stored.get("epochs")) == (plan.run.max_steps, plan.run.epochs)
 
 
 def describe(plan: Plan) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from rlhf.api import POLICY, AlgorithmEntry, CompletionRow, PreferenceRow, PromptRow, Role, hookimpl, option
+from rlhf.api import POLICY, AlgorithmEntry, CompletionRow, PreferenceRow, Problem, PromptRow, Role, hookimpl, option
+
+if TYPE_CHECKING:
+    from rlhf.plan import Component, Plan
 
 
 @attrs.frozen(kw_only=True)
@@ -96,6 +99,14 @@ def ppo_roles(config: PPOConfig) -> tuple[Role, ...]:
     return (POLICY, *reference, value)
 
 
+def _adaptive_kl_is_stable(plan: Plan, component: Component) -> Iterator[Problem]:
+    """The update multiplies by 1 - .2 n / horizon at the least, which must stay above 0."""
+    config, n = component.config, plan.run.batch_size
+    if config.kl_control == "adaptive" and n >= 5 * config.kl_horizon:
+        what = f"--algo.kl-horizon {config.kl_horizon}: with {n} responses a step the KL coefficient could fall below 0"
+        yield Problem(what, f"give more than {n // 5}; the usual is 10000")
+
+
 @attrs.frozen(kw_only=True)
 class DPOConfig:
     """Options of `dpo`."""
@@ -120,6 +131,7 @@ def rlhf_algorithms() -> Iterable[Any]:
         impl="rlhf_plugins.algorithms.ppo:PPO",
         data=PromptRow,
         roles=ppo_roles,
+        constraints=(_adaptive_kl_is_stable,),
         requires={"rollouts", "logprobs"},
         defaults={"optim.learning_rate": 3e-6, "batch_size": 64},
         rank=10,

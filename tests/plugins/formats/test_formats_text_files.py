@@ -224,7 +224,12 @@ def test_half_a_character_is_refused(write: Write) -> None:
         (JsonLines, "a.jsonl", "[" * 100_000, "nested too deep|not JSON"),
         (JsonLines, "a.jsonl", '{"a": ' + "1" * 5000 + "}", r"a\.jsonl:1: .*digits"),
         (JsonLines, "a.jsonl.gz", b"{}", "can't be read: Not a gzipped file"),
-        (JsonLines, "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "can't be read: Compressed file ended"),
+        (
+            JsonLines,
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9],
+            "can't be read: Compressed file ended",
+        ),
         (JsonLines, "a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 20, "can't be read: Error -3"),
         (Json, "a.json", "", "is empty"),
         (Json, "a.json", "[]", "holds no rows"),

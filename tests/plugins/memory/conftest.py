@@ -92,7 +92,7 @@ def strategies() -> Callable[..., list[MemoryStrategy]]:
             assert not problems, problems
             components.append(Component(entries[name], config))
         components.sort(key=phase_order)
-        return [resolve(c.entry.impl)(c.config, Context(cast(Plan, None), label=c.key)) for c in components]
+        return [resolve(c)(c.config, Context(cast(Plan, None), label=c.key)) for c in components]
 
     return make
 
