@@ -32,6 +32,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def matrix(session: nox.Session) -> None:
+    """What takes minutes: the tutorial carried out as it is written."""
+    session.install(*INSTALL)
+    session.run("pytest", "-m", "matrix", *session.posargs)
+
+
+@nox.session
 def third_party(session: nox.Session) -> None:
     """Strangers' packages, really installed: good ones run by name, broken ones are reported and harm nobody."""
     session.install(*INSTALL)

@@ -29,9 +29,10 @@ from rlhf.compose import compose
 from rlhf.errors import Interrupted, Problem, RequestError, RunError
 from rlhf.facts import ModelFacts
 from rlhf.options import nearest
+from rlhf.plan import plain
 from rlhf.recipe import from_mapping
 from rlhf.registry import Registry
-from rlhf.rundir import RunDirectory, plain
+from rlhf.rundir import RunDirectory
 
 _RECIPES = "recipes"
 _NAME = re.compile(r"\w[\w-]*")

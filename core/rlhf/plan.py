@@ -228,8 +228,8 @@ class Plan:
             "eval_data": [source.path for source in self.eval_data],
             **attrs.asdict(self.run),
         }
-        plain: dict[str, Any] = _plain(recipe)
-        return plain
+        written: dict[str, Any] = plain(recipe)
+        return written
 
 
 def _common(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -238,12 +238,12 @@ def _common(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(key in p and p[key] == value for p in parts)}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Only what YAML and JSON know: no tuples, no subclasses."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

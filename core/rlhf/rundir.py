@@ -55,7 +55,7 @@ class RunDirectory:
         if not resume:
             fix = "add --resume to go on with it, or give another folder"
             raise RequestError(Problem(f"--output {self.path}: holds a run already", fix))
-        before, now = self.recipe(), plain(plan.to_recipe())
+        before, now = self.recipe(), plan.to_recipe()
         before, now = ({key: recipe[key] for key in recipe.keys() - _FREE_TO_CHANGE} for recipe in (before, now))
         changed = "; ".join(_differences(before, now))
         if changed:
@@ -77,7 +77,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RequestError(Problem(f"--output {self.path}: another process is running in it")) from None
-        recipe = yaml.safe_dump(plain(plan.to_recipe()), sort_keys=False, allow_unicode=True)
+        recipe = yaml.safe_dump(plan.to_recipe(), sort_keys=False, allow_unicode=True)
         write_atomic(self.path / "recipe.yaml", recipe)
         self._json("environment.json", environment(plan))
         self._json("plan.json", plan.to_json())
@@ -209,12 +209,3 @@ def _shown(value: Any) -> str:
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-
-
-def plain(value: Any) -> Any:
-    """Only what YAML knows: no tuples, no subclasses."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | frozenset):
-        return [plain(item) for item in value]
-    return value

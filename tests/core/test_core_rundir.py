@@ -14,10 +14,10 @@ import yaml
 from rlhf import facts
 from rlhf.compose import compose
 from rlhf.errors import RequestError
-from rlhf.plan import Plan
+from rlhf.plan import Plan, plain
 from rlhf.recipe import from_mapping
 from rlhf.registry import loaded
-from rlhf.rundir import RunDirectory, default_path, plain
+from rlhf.rundir import RunDirectory, default_path
 
 
 def plan_of(**recipe: Any) -> Plan:

@@ -46,7 +46,7 @@ def rlhf_starters() -> Iterable[Any]:
         with_model={**tiny, "optim.learning_rate": 1e-3},
         with_both={"epochs": 4.0, "batch_size": 64, "eval_rows": 256},
     )
-    for algorithm, rate in (("", 3e-4), ("dpo", 1e-4)):
+    for algorithm, rate in (("", 1e-4), ("reward", 1e-3)):
         yield StarterEntry(
             name="judged sums",
             summary="pairs of a right and a wrong sum",

@@ -1,0 +1,68 @@
+"""The tutorial, carried out as it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    fenced = "\n".join(re.findall(r"^```\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    return [shlex.split(line) for line in fenced.splitlines() if line.startswith("rlhf ")]
+
+
+def to_be_killed(words: list[str], directory: Path) -> bool:
+    return "runs/killed" in words and not (directory / "runs" / "killed").exists()
+
+
+@pytest.mark.matrix
+def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    code = next(block for block in re.findall(r"^```python\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE))
+    assert code.startswith("# my_reward.py")
+    (tmp_path / "my_reward.py").write_text(code)
+    row = re.search(r'`(\{"prompt".*?\})`', TUTORIAL)
+    assert row is not None
+    rows = [{**json.loads(row.group(1)), "answer": str(n)} for n in range(60)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    ran = 0
+    for words in commands():
+        process = subprocess.Popen([sys.executable, "-m", *words], cwd=tmp_path, env=os.environ, stderr=subprocess.PIPE)
+        if to_be_killed(words, tmp_path):
+            log = tmp_path / "runs" / "killed" / "metrics.jsonl"
+            while not (log.is_file() and log.read_bytes().count(b"\n") >= 4):
+                assert process.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        else:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, f"{shlex.join(words)}\n{errors.decode()}"
+        ran += 1
+    assert ran == len(commands()) >= 8
+
+    first = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
+    before, after = (first[f"heldout_{when}"]["reward/mean"] for when in ("before", "after"))
+    # Five seeds went from .41-.47 to .86-.92; 256 held-out samples have a standard error of .03.
+    assert after > before + 0.2
+    stages = json.loads((tmp_path / "runs" / "three" / "pipeline.json").read_text())
+    assert [(stage["stage"], stage["status"]) for stage in stages] == [
+        ("sft", "done"),
+        ("reward", "done"),
+        ("ppo", "done"),
+    ]
+    killed = json.loads((tmp_path / "runs" / "killed" / "summary.json").read_text())
+    assert (killed["status"], killed["steps"]) == ("done", 12)
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
