@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from fences import shell_lines
 
 from rlhf.cli import main
 
@@ -24,8 +25,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        fenced = "\n".join(re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-        lines = [line.strip() for line in fenced.replace("\\\n", " ").splitlines()]
+        lines = shell_lines(text)
         inline = re.findall(r"`(rlhf [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
         for line in [*lines, *(" ".join(command.split()) for command in inline)]:
             command = line.split(" && ")[-1]

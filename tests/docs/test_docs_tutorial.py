@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from fences import blocks, shell_lines
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
-    fenced = "\n".join(re.findall(r"^```\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
-    return [shlex.split(line) for line in fenced.splitlines() if line.startswith("rlhf ")]
+    return [shlex.split(line) for line in shell_lines(TUTORIAL) if line.startswith("rlhf ")]
 
 
 def to_be_killed(words: list[str], directory: Path) -> bool:
@@ -30,7 +30,7 @@ def to_be_killed(words: list[str], directory: Path) -> bool:
 @pytest.mark.matrix
 def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    code = next(block for block in re.findall(r"^```python\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE))
+    code = next(content for language, content in blocks(TUTORIAL) if language == "python")
     assert code.startswith("# my_reward.py")
     (tmp_path / "my_reward.py").write_text(code)
     row = re.search(r'`(\{"prompt".*?\})`', TUTORIAL)

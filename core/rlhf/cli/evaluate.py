@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from rlhf.cli import say
-from rlhf.cli.run import planned
+from rlhf.cli.run import planned, settle
 from rlhf.errors import Problem, RequestError
 from rlhf.recipe import from_mapping
 
@@ -22,6 +22,7 @@ from rlhf.recipe import from_mapping
 @click.option("--json", "as_json", is_flag=True, help="print as JSON")
 def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint: str | None, as_json: bool) -> None:
     """Held-out scores of a run's model, by the run's own measure: rewards of samples online, loss offline."""
+    settle()
     from rlhf import checkpoint as checkpoints
     from rlhf.assemble import assemble
     from rlhf.loop import evaluate as measure

@@ -86,10 +86,7 @@ def _repeat(recipe: Recipe, output: Path) -> Recipe:
 
 def carry_out(plan: Plan, output: Path | None, resume: bool) -> int:
     """Run a plan in its directory. Returns 0; failures are raised."""
-    # These speak to a programmer who loads one model, not to the user of a run.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settle()
     from rlhf.assemble import assemble, make
     from rlhf.interfaces import Context, Launcher
     from rlhf.loop import Loop, check_data, resume_from
@@ -120,6 +117,16 @@ def carry_out(plan: Plan, output: Path | None, resume: bool) -> int:
 
     launcher: Launcher = make(plan.launch, Context(plan=plan))
     return launcher.launch(rank)
+
+
+def settle() -> None:
+    """Environment that libraries read when they are imported; what the user has set stays."""
+    # These speak to a programmer who loads one model, not to the user of a run.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait sleep: spinning ones make a run 2 to 5 times slower as soon as anything else wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _as_long(stored: Mapping[str, Any], plan: Plan) -> bool:
