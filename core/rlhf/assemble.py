@@ -104,12 +104,12 @@ def _read(plan: Plan, context: Context, convert: Any, say: Say) -> tuple[data.Ro
     row_type = plan.algorithm_entry.data or PromptRow
     run = plan.run
     rows = data.read(plan.data, row_type, context).convert(_with_columns(plan)).convert(convert)
-    _tell_refused(rows, "data", say)
     rows.require(plan.algo.name, row_type)
+    _tell_refused(rows, "data", say)
     if plan.eval_data:
         held_out = data.read(plan.eval_data, row_type, context).convert(_with_columns(plan)).convert(convert)
-        _tell_refused(held_out, "eval data", say)
         held_out.require(plan.algo.name, row_type)
+        _tell_refused(held_out, "eval data", say)
     else:
         rows, held_out = rows.held_out(run.eval_fraction if run.eval_rows else 0.0, run.eval_rows, run.seed)
         if not len(held_out) and run.eval_rows:
@@ -130,7 +130,8 @@ def _with_columns(plan: Plan) -> Any:
     def check(row: Any) -> Any:
         for column, user in needed.items():
             if column not in getattr(row, "extra", {}):
-                raise RowError(f"no column {column!r}, which reward {user!r} needs")
+                has = ", ".join(sorted(getattr(row, "extra", {}))) or "none"
+                raise RowError(f"no column {column!r}, which reward {user!r} needs; its other columns: {has}")
         return row
 
     return check

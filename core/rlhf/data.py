@@ -73,7 +73,8 @@ class Rows(Generic[T]):
         if self.items:
             return self
         what = f"--data {' '.join(self.paths)}: none of its {self.refused.total} rows can be used by {user}"
-        raise RequestError(Problem("\n    ".join([what, *self.refused.lines()]), row_needs(row_type)))
+        cure = "columns of other names: --format.columns NAME_HERE=NAME_IN_THE_DATA"
+        raise RequestError(Problem("\n    ".join([what, *self.refused.lines()]), f"{row_needs(row_type)}; {cure}"))
 
     def held_out(self, fraction: float, most: int, seed: int) -> tuple[Rows[T], Rows[T]]:
         """(rows to learn from, rows held out); the latter empty where there are too few rows to spare any."""

@@ -225,6 +225,8 @@ def _notes(recipe: Recipe, choice: Choice, roles: list[RolePlan]) -> Iterator[st
         if choice.picks.get(kind) and not recipe.picks.get(kind):
             names = ", ".join(pick.name for pick in choice.picks[kind])
             yield f"--{kind} {names}: taken because none was named"
+    for pick in choice.fillers:
+        yield f"--mem {pick.name}: taken because none of its sort was named"
     for role in roles:
         if role.view == "adapters-off":
             yield f"role {role.name}: {role.module} with its adapters off, so it costs no memory"

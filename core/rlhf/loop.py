@@ -38,6 +38,7 @@ from rlhf.sequences import Batch, Experience, Rollouts, Sample, Totals
 
 Say = Callable[[str], None]
 _SAMPLES_A_STEP = 4
+_STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 @attrs.define
@@ -373,7 +374,7 @@ class Loop:
         for tracker in list(self._trackers):
             try:
                 getattr(tracker, event)(*arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # rich answers a broken pipe by exiting
                 self._trackers.remove(tracker)
                 name = type(tracker).__name__
                 self.say(f"tracker {name} failed at {event} and is dropped: {type(error).__name__}: {error}")
@@ -397,7 +398,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step at work, with a checkpoint; a second SIGINT ends it at once."""
+        """A request to stop ends the run after the step at work, with a checkpoint; a second SIGINT ends it at once."""
 
         def ask(number: int, frame: Any) -> None:
             if self._stop is not None and number == signal.SIGINT:
@@ -406,7 +407,7 @@ class Loop:
             self.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")
 
         try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            before = {number: signal.signal(number, ask) for number in _STOPPING}
         except ValueError:  # not in the main thread: its owner looks after signals
             before = {}
         try:

@@ -147,6 +147,10 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
         summary = directory.summary()
         if summary and summary.get("status") == "done":
             say(f"stage {number}/{len(stages)} {stage.name}: done before, not redone")
+        elif (directory.path / "plan.json").is_file() and not resume:
+            raise RequestError(
+                Problem(f"stage {stage.name} was begun and is not done", "add --resume to go on inside it")
+            )
         else:
             say(f"stage {number}/{len(stages)} {stage.name}")
             recipe = output / _RECIPES / f"{stage.name}.yaml"
@@ -173,8 +177,8 @@ def _run(name: str, arguments: list[str]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     if code == 130:
-        raise Interrupted(f"stage {name}: interrupted; go on with --resume")
+        raise Interrupted(f"stage {name} was interrupted; to go on, type the same pipeline line with --resume")
     if code == 2:
         raise RequestError(f"stage {name} was refused; its message is above")
     if code != 0:
-        raise RunError(f"stage {name} failed with exit code {code}; mend it and go on with --resume")
+        raise RunError(f"stage {name} failed with exit code {code}; mend it, then the same pipeline line with --resume")

@@ -123,6 +123,8 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         RequestError: unknown keys (with the nearest), or values of the wrong shape.
     """
+    if "stages" in content:
+        raise RequestError(Problem(f"{where}: is a pipeline, not the recipe of one run", f"rlhf pipeline {where}"))
     problems: list[Problem] = []
     picks: dict[str, tuple[Pick, ...]] = {}
     options: dict[str, Mapping[str, Any]] = {}
@@ -170,7 +172,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         RequestError: no such file, no text, no YAML, or no mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OneOfEach)
     except FileNotFoundError:
         raise RequestError(Problem(f"{path}: there is no such recipe file")) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -180,6 +182,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RequestError(Problem(f"{path}: holds no recipe", "a recipe is a mapping, such as 'algo: ppo'"))
     return content
+
+
+class _OneOfEach(yaml.SafeLoader):
+    """YAML in which a key given twice is an error; by itself the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"line {line} gives the key {key.value!r} again")
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def _picks(kind: str, value: Any, where: str, problems: list[Problem]) -> tuple[Pick, ...]:

@@ -278,3 +278,14 @@ def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
         err = process.stderr.read().decode()
         assert process.wait(60) == 0
     assert "Traceback" not in err
+
+
+def test_a_typo_in_the_folder_to_resume_begins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "recipe.yaml").write_text("algo: ppo\n")
+    with pytest.raises(SystemExit) as done:
+        main(["run", "--resume", "--output", str(tmp_path / "frist")])
+    assert done.value.code == 2
+    said = capsys.readouterr().err
+    assert "holds no run to go on with" in said and f"did you mean --output {tmp_path / 'first'}?" in said
+    assert [place.name for place in tmp_path.iterdir()] == ["first"]

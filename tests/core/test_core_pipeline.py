@@ -95,7 +95,7 @@ def test_a_stages_output_stands_for_the_model_it_starts_from(installed: Registry
 @pytest.mark.parametrize(
     ("code", "error", "says"),
     [
-        (130, Interrupted, "stage dpo: interrupted; go on with --resume"),
+        (130, Interrupted, "stage dpo was interrupted; to go on, type the same pipeline line with --resume"),
         (2, RequestError, "stage dpo was refused"),
         (1, RunError, "stage dpo failed with exit code 1"),
         (-9, RunError, "stage dpo failed with exit code -9"),
@@ -162,7 +162,10 @@ def test_a_pipeline_is_interrupted_goes_on_and_redoes_nothing(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert "checkpoint saved" in said and "stage dpo: interrupted; go on with --resume" in said
+    assert (
+        "checkpoint saved" in said
+        and "stage dpo was interrupted; to go on, type the same pipeline line with --resume" in said
+    )
     first = json.loads((out / "sft" / "summary.json").read_text())
     assert (first["status"], first["steps"]) == ("done", 2)
     stopped = json.loads((out / "dpo" / "summary.json").read_text())

@@ -242,3 +242,20 @@ def test_naming_a_component_again_keeps_its_options_another_one_drops_them(typed
     again = typed(str(path), "--algo", "ppo", "--mem", "lora")
     assert again.picks == {"algo": (Pick("ppo", "", {"clip_range": 0.1}),), "mem": (Pick("lora", "", {"rank": 4}),)}
     assert typed(str(path), "--algo", "dpo").picks["algo"] == (Pick("dpo"),)
+
+
+def test_a_key_given_twice_is_an_error_not_the_last_one(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("algo: ppo\nseed: 1\nalgo: dpo\n")
+    with pytest.raises(RequestError, match="line 3 gives the key 'algo' again"):
+        from_file(path)
+    path.write_text("algo: {name: ppo, gamma: 1, gamma: 0.9}\n")
+    with pytest.raises(RequestError, match="line 1 gives the key 'gamma' again"):
+        from_file(path)
+
+
+def test_a_pipeline_given_as_a_recipe_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "stages.yaml"
+    path.write_text("stages: {sft: {algo: sft}}\n")
+    with pytest.raises(RequestError, match=r"is a pipeline[\s\S]*rlhf pipeline .*stages.yaml"):
+        from_file(path)

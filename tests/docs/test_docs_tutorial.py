@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,7 +19,7 @@ TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
-    return [shlex.split(line) for line in shell_lines(TUTORIAL) if line.startswith("rlhf ")]
+    return [shlex.split(line) for line in shell_lines(TUTORIAL) if line.startswith(("rlhf ", "python "))]
 
 
 def to_be_killed(words: list[str], directory: Path) -> bool:
@@ -30,16 +29,13 @@ def to_be_killed(words: list[str], directory: Path) -> bool:
 @pytest.mark.matrix
 def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    code = next(content for language, content in blocks(TUTORIAL) if language == "python")
-    assert code.startswith("# my_reward.py")
-    (tmp_path / "my_reward.py").write_text(code)
-    row = re.search(r'`(\{"prompt".*?\})`', TUTORIAL)
-    assert row is not None
-    rows = [{**json.loads(row.group(1)), "answer": str(n)} for n in range(60)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    files = [content for language, content in blocks(TUTORIAL) if language == "python"]
+    for content in files:
+        (tmp_path / content.split("\n", 1)[0].removeprefix("# ")).write_text(content)
     ran = 0
     for words in commands():
-        process = subprocess.Popen([sys.executable, "-m", *words], cwd=tmp_path, env=os.environ, stderr=subprocess.PIPE)
+        command = words[1:] if words[0] == "python" else ["-m", *words]
+        process = subprocess.Popen([sys.executable, *command], cwd=tmp_path, env=os.environ, stderr=subprocess.PIPE)
         if to_be_killed(words, tmp_path):
             log = tmp_path / "runs" / "killed" / "metrics.jsonl"
             while not (log.is_file() and log.read_bytes().count(b"\n") >= 4):
@@ -57,12 +53,16 @@ def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
     before, after = (first[f"heldout_{when}"]["reward/mean"] for when in ("before", "after"))
     # Five seeds went from .41-.47 to .86-.92; 256 held-out samples have a standard error of .03.
     assert after > before + 0.2
+    own = json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())
+    assert own["heldout_after"]["reward/mean"] > own["heldout_before"]["reward/mean"] + 0.1
     stages = json.loads((tmp_path / "runs" / "three" / "pipeline.json").read_text())
     assert [(stage["stage"], stage["status"]) for stage in stages] == [
         ("sft", "done"),
         ("reward", "done"),
         ("ppo", "done"),
     ]
+    assert stages[1]["heldout_after"]["reward/accuracy"] > 0.85
+    assert stages[2]["heldout_after"]["reward/answer"] > stages[2]["heldout_before"]["reward/answer"]
     killed = json.loads((tmp_path / "runs" / "killed" / "summary.json").read_text())
     assert (killed["status"], killed["steps"]) == ("done", 12)
     assert (tmp_path / "runs" / "first" / "report.html").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -86,7 +87,8 @@ def main(arguments: list[str] | None = None) -> Any:
 
 def say(text: str) -> None:
     """A line for the user, on stderr, so that stdout holds results alone."""
-    click.echo(text, err=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody listens any more, and a run goes on
+        click.echo(text, err=True)
 
 
 def fail(text: str) -> None:

@@ -13,7 +13,7 @@ import attrs
 import click
 import yaml
 
-from rlhf import facts
+from rlhf import facts, options
 from rlhf.cli import say
 from rlhf.cli.recipes import RecipeCommand, recipe_of, recipe_options
 from rlhf.compose import compose
@@ -77,8 +77,13 @@ def _repeat(recipe: Recipe, output: Path) -> Recipe:
     """Where nothing was said of what is computed, the recipe that the run directory holds, with the rest on top."""
     picks = {kind: chosen for kind, chosen in recipe.picks.items() if kind not in ("track", "launch")}
     computed = attrs.evolve(recipe, run={}, picks=picks)
-    if computed != Recipe() or not (output / "recipe.yaml").is_file():
+    if computed != Recipe():
         return recipe
+    if not (output / "recipe.yaml").is_file():
+        runs = sorted(place.parent.name for place in output.parent.glob("*/recipe.yaml"))
+        near = options.nearest(output.name, runs)
+        fix = f"did you mean --output {output.parent / near}?" if near else "name an --algo to begin one"
+        raise RequestError(Problem(f"--resume: {output} holds no run to go on with", fix))
     from rlhf.rundir import RunDirectory
 
     return from_mapping(RunDirectory(output).recipe(), str(output / "recipe.yaml")).merged(recipe)
