@@ -1,7 +1,8 @@
 """The public interface, version 1: everything a plugin needs, and nothing else. Importing this imports no torch;
 names that need it are loaded when asked for.
 
-In an entry module (light): `hookimpl`, `option`, the `...Entry` types, `Role`, `Problem`, the row types.
+In an entry module (light): `hookimpl`, `option`, the `...Entry` types, `Role`, `Problem`, the row types; for
+constraints `Plan` with its `PlannedComponent`s and `RolePlan`s.
 In an implementation: the classes of `rlhf.interfaces` and the tensors of `rlhf.sequences`.
 """
 
@@ -29,6 +30,8 @@ from rlhf.entries import (
 from rlhf.errors import Interrupted, Problem, RequestError, RowError, RunError
 from rlhf.hooks import hookimpl
 from rlhf.options import option
+from rlhf.plan import Component as PlannedComponent
+from rlhf.plan import Plan, RolePlan
 from rlhf.rows import CompletionRow, LabelledRow, Message, PreferenceRow, PromptRow
 
 if TYPE_CHECKING:
@@ -131,6 +134,8 @@ __all__ = [
     "Message",
     "OptimizerEntry",
     "OptimizerStrategy",
+    "Plan",
+    "PlannedComponent",
     "Policy",
     "PolicyEntry",
     "PreferenceRow",
@@ -141,6 +146,7 @@ __all__ = [
     "Reward",
     "RewardEntry",
     "Role",
+    "RolePlan",
     "Rollouts",
     "RowError",
     "RunError",

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
-from rlhf.api import POLICY, AlgorithmEntry, CompletionRow, PreferenceRow, Problem, PromptRow, Role, hookimpl, option
-
-if TYPE_CHECKING:
-    from rlhf.plan import Component, Plan
+from rlhf.api import (
+    POLICY,
+    AlgorithmEntry,
+    CompletionRow,
+    Plan,
+    PlannedComponent,
+    PreferenceRow,
+    Problem,
+    PromptRow,
+    Role,
+    hookimpl,
+    option,
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -99,7 +108,7 @@ def ppo_roles(config: PPOConfig) -> tuple[Role, ...]:
     return (POLICY, *reference, value)
 
 
-def _adaptive_kl_is_stable(plan: Plan, component: Component) -> Iterator[Problem]:
+def _adaptive_kl_is_stable(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
     """The update multiplies by 1 - .2 n / horizon at the least, which must stay above 0."""
     config, n = component.config, plan.run.batch_size
     if config.kl_control == "adaptive" and n >= 5 * config.kl_horizon:

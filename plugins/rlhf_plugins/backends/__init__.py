@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlhf.api import BackendEntry, Problem, hookimpl
-
-if TYPE_CHECKING:
-    from rlhf.plan import Component, Plan
+from rlhf.api import BackendEntry, Plan, PlannedComponent, Problem, hookimpl
 
 
-def _one_process(plan: Plan, component: Component) -> Iterator[Problem]:
+def _one_process(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
     ranks = max(plan.run.nproc, plan.machine.world_size)
     if ranks > 1:
         yield Problem(f"--backend {component.name} is one process, the run has {ranks}", "leave --nproc out")

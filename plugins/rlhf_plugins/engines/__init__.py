@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import attrs
 
-from rlhf.api import EngineEntry, Problem, hookimpl, option
-
-if TYPE_CHECKING:
-    from rlhf.plan import Component, Plan
+from rlhf.api import EngineEntry, Plan, PlannedComponent, Problem, hookimpl, option
 
 
 @attrs.frozen(kw_only=True)
@@ -27,7 +23,7 @@ class HFEngineConfig:
     )
 
 
-def _known_ratio(plan: Plan, component: Component) -> Iterator[Problem]:
+def _known_ratio(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
     """Truncated sampling draws from another distribution than the policy's, and no ratio to it is known."""
     config = component.config
     if "logprobs" in plan.algo.entry.requires and config.temperature == 0:
@@ -39,7 +35,7 @@ def _known_ratio(plan: Plan, component: Component) -> Iterator[Problem]:
         yield Problem(what, "leave it out; --engine.temperature is accounted for")
 
 
-def _room_to_answer(plan: Plan, component: Component) -> Iterator[Problem]:
+def _room_to_answer(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
     context = next((role.model.context for role in plan.roles if role.name == "policy"), None)
     tokens = component.config.max_new_tokens
     if context is not None and tokens >= context:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import attrs
 
-from rlhf.api import MemoryEntry, Problem, hookimpl, option
-
-if TYPE_CHECKING:
-    from rlhf.plan import Component, Plan
+from rlhf.api import MemoryEntry, Plan, PlannedComponent, Problem, hookimpl, option
 
 
 @attrs.frozen(kw_only=True)
@@ -35,7 +31,7 @@ class LoraConfig:
             raise ValueError("dora has no dropout: leave one of them out")
 
 
-def only_trained(plan: Plan, component: Component) -> Iterable[Problem]:
+def only_trained(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
     """The strategy is for roles that are trained."""
     for role in plan.roles:
         if component in role.mem and role.view == "own" and not role.role.trainable:

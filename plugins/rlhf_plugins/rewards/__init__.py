@@ -8,14 +8,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import attrs
 
-from rlhf.api import Problem, RewardEntry, Role, hookimpl, option
-
-if TYPE_CHECKING:
-    from rlhf.plan import Component, Plan
+from rlhf.api import Plan, PlannedComponent, Problem, RewardEntry, Role, hookimpl, option
 
 _WEIGHT = "factor of this source in the sum of rewards; may be negative"
 
@@ -81,7 +77,7 @@ def answer_column(config: AnswerConfig) -> tuple[str, ...]:
     return (config.answer_column,)
 
 
-def function_is_there(plan: Plan, component: Component) -> Iterable[Problem]:
+def function_is_there(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
     """The file or module of `path` exists. Nothing of it is run while planning."""
     path: str = component.config.path
     place, sign, function = path.rpartition(":")
@@ -99,7 +95,7 @@ def function_is_there(plan: Plan, component: Component) -> Iterable[Problem]:
         yield Problem(f"{flag} {path}: no module {place!r} is installed", f"for a file: {flag} FILE.py:{function}")
 
 
-def scores_one_number(plan: Plan, component: Component) -> Iterable[Problem]:
+def scores_one_number(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
     """The reward model's config.json, where it is known, describes a classifier with one label."""
     role = plan.role(component.label or "reward")
     if not role.model.known or (Path(role.model.path) / "adapter_config.json").is_file():

@@ -25,8 +25,7 @@ from rich.text import Text
 from rlhf.api import Tracker
 
 if TYPE_CHECKING:
-    from rlhf.api import Rollouts
-    from rlhf.plan import Plan
+    from rlhf.api import Plan, Rollouts
 
 NUMBERS = (
     ("loss", "loss", ""),
