@@ -130,8 +130,8 @@ def settle() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait soon sleep. On an idle machine this costs nothing; where anything else wants a core, threads that
-    # spin for long (the default) make a run several times slower.
+    # Threads that wait soon sleep. On an idle machine this costs nothing; where anything else wants a core, threads
+    # that spin for long (the default) make a run several times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
