@@ -14,8 +14,8 @@ from rlhf.data import Feed
 from rlhf.entries import RewardEntry
 from rlhf.errors import RequestError, RowError
 from rlhf.interfaces import Algorithm, Backend, Codec, Context, Engine, OptimizerStrategy, Policy
-from rlhf.loop import Parts, Say
 from rlhf.models import Scorer, build
+from rlhf.parts import Parts, Say
 from rlhf.plan import Component, Plan
 from rlhf.registry import resolve
 from rlhf.rollouts import Sampler, Source

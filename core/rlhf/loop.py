@@ -9,80 +9,32 @@ is in `state`, so a run killed at any instant and resumed computes what it would
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-import random
 import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 
 from rlhf import checkpoint
-from rlhf.data import Feed, derive
-from rlhf.errors import Interrupted, Problem, RequestError, RunError
-from rlhf.interfaces import Algorithm, Backend, Context, MemoryStrategy, OptimizerStrategy, State, Tracker
-from rlhf.models import Models, Scorer, cut, weight_stream
-from rlhf.offline import OfflineData
-from rlhf.plan import Plan
+from rlhf.data import derive
+from rlhf.errors import Interrupted, RunError
+from rlhf.heldout import evaluate
+from rlhf.interfaces import State
+from rlhf.models import Scorer, cut, weight_stream
+from rlhf.parts import Parts, Say, component_states, reseed, restore
 from rlhf.rollouts import Sampler, describe
 from rlhf.rundir import RunDirectory
-from rlhf.sequences import Batch, Experience, Rollouts, Sample, Totals
+from rlhf.sequences import Batch, Experience, Rollouts, Totals
 
-Say = Callable[[str], None]
 _SAMPLES_A_STEP = 4
 _STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-
-
-@attrs.define
-class Parts:
-    """Everything a run works with, built by `rlhf.assemble`."""
-
-    plan: Plan
-    context: Context
-    models: Models
-    backend: Backend
-    algorithm: Algorithm
-    optimizer: OptimizerStrategy
-    score: Scorer
-    """Without gradient."""
-    feed: Feed
-    trackers: list[Tracker]
-    sampler: Sampler | None = None
-    prompts: list[tuple[Any, torch.Tensor]] = attrs.Factory(list)
-    """Online: rows with the tokens of their prompts."""
-    heldout_prompts: list[tuple[Any, torch.Tensor]] = attrs.Factory(list)
-    data: OfflineData | None = None
-    heldout_data: OfflineData | None = None
-    last: int | None = None
-    """Where the data ends for a run that goes by epochs: positions of items."""
-
-    def hold_out(self, most: int | None) -> None:
-        """Evaluate at most so many of the rows that are held out."""
-        self.heldout_prompts = self.heldout_prompts[:most]
-        if self.heldout_data is not None:
-            self.heldout_data.items = self.heldout_data.items[:most]
-
-    def close(self) -> None:
-        """Free what components hold outside this process."""
-        if self.sampler is not None:
-            self.sampler.engine.close()
-
-    def digest(self) -> str:
-        """Of the data as encoded: a run goes on only with what it began with, since rows are known by number."""
-        if self.data is not None:
-            return self.data.digest()
-        found = hashlib.sha256()
-        for _, tokens in self.prompts:
-            found.update(tokens.numpy().tobytes() + b"/")
-        return found.hexdigest()
 
 
 class Loop:
@@ -327,16 +279,7 @@ class Loop:
                 "heldout_after": self.heldout_after,
                 "wall_seconds": self._wall_seconds(),
             },
-            "backend": parts.backend.state(),
-            "algorithm": parts.algorithm.state(),
-            "optimizer": parts.optimizer.state(),
-            "policy": parts.models.policy.state(),
-            "memory": {
-                module: {key: s.state() for key, s in _keyed(parts.plan, module, strategies)}
-                for module, strategies in parts.models.strategies.items()
-            },
-            "engine": parts.sampler.engine.state() if parts.sampler else {},
-            "rewards": {s.name: s.reward.state() for s in parts.sampler.sources} if parts.sampler else {},
+            **component_states(parts),
             "digest": parts.digest(),
             "data": parts.data.state() if parts.data else {},
             "heldout_data": parts.heldout_data.state() if parts.heldout_data else {},
@@ -415,82 +358,6 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def check_data(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Rows are known by number, so a run goes on only with those it began with.
-
-    Raises:
-        RequestError: there are others.
-    """
-    if state["digest"] != parts.digest():
-        fix = "give it the data it began with, or start another run"
-        raise RequestError(Problem("--data holds other rows than the run began with", fix))
-
-
-def restore(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Give every component the state that a checkpoint holds."""
-    parts.backend.load_state(state["backend"])
-    parts.algorithm.load_state(state["algorithm"])
-    parts.optimizer.load_state(state["optimizer"])
-    parts.models.policy.load_state(state["policy"])
-    for module, strategies in parts.models.strategies.items():
-        for key, strategy in _keyed(parts.plan, module, strategies):
-            strategy.load_state(state["memory"][module][key])
-    if parts.sampler:
-        parts.sampler.engine.load_state(state["engine"])
-        for source in parts.sampler.sources:
-            source.reward.load_state(state["rewards"][source.name])
-
-
-def evaluate(parts: Parts) -> dict[str, float]:
-    """Held-out means, with seeds that never change; empty where nothing is held out. Leaves no trace in the run."""
-    sink = parts.context.metrics
-    reported, sink.sums = sink.sums, {}  # what components report of held-out rows is not of the next step
-    try:
-        return _heldout_means(parts)
-    finally:
-        sink.sums = reported
-
-
-def _heldout_means(parts: Parts) -> dict[str, float]:
-    run = parts.plan.run
-    reseed(derive(run.seed, "heldout"))
-    if parts.sampler is not None and parts.heldout_prompts:
-        prompts = parts.sampler.prompts(parts.heldout_prompts)
-        rollouts = parts.sampler.sample([Sample(prompt) for prompt in prompts], "heldout", run.eval_temperature)
-        judged, failures = parts.sampler.judge(rollouts)
-        means = {name: float(values.double().mean()) for name, values in describe(judged).items()}
-        return {**means, **({"rollout/failed": float(len(failures))} if failures else {})}
-    if parts.heldout_data is not None and len(parts.heldout_data):
-        with torch.no_grad():
-            return _heldout_loss(parts, parts.heldout_data)
-    return {}
-
-
-def _heldout_loss(parts: Parts, data: OfflineData) -> dict[str, float]:
-    experience = data.experience(range(len(data)), parts.score)
-    sequences = experience.sequences
-    totals = Totals(sequences.token_count, len(sequences), sequences.group_count)
-    scorer = Scorer(parts.models, parts.plan.run.micro_batch_tokens, gradient=True)  # the caller turned gradients off
-    sums: dict[str, float] = {"loss": 0.0}
-    for rows in cut(sequences, parts.plan.run.micro_batch_tokens, parts.algorithm.unit == "group"):
-        batch = Batch(experience.select(rows), totals, parts.backend.device)
-        sums["loss"] += float(parts.algorithm.loss(batch, scorer))
-        for name, part in batch.logged.items():
-            sums[name] = sums.get(name, 0.0) + float(part)
-    return sums
-
-
-def reseed(seed: int) -> None:
-    """Seed every generator that a component may draw from, so that a step's draws depend on the step alone."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _keyed(plan: Plan, module: str, strategies: Sequence[MemoryStrategy]) -> Iterator[tuple[str, MemoryStrategy]]:
-    return zip((component.key for component in plan.role(module).mem), strategies, strict=True)
 
 
 def peak_rss() -> int:

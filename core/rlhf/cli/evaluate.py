@@ -25,8 +25,8 @@ def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint:
     settle()
     from rlhf import checkpoint as checkpoints
     from rlhf.assemble import assemble
-    from rlhf.loop import evaluate as measure
-    from rlhf.loop import restore
+    from rlhf.heldout import evaluate as measure
+    from rlhf.parts import restore
     from rlhf.rundir import RunDirectory
 
     directory = RunDirectory(run_dir)

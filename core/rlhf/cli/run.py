@@ -94,7 +94,8 @@ def carry_out(plan: Plan, output: Path | None, resume: bool) -> int:
     settle()
     from rlhf.assemble import assemble, make
     from rlhf.interfaces import Context, Launcher
-    from rlhf.loop import Loop, check_data, resume_from
+    from rlhf.loop import Loop, resume_from
+    from rlhf.parts import check_data
     from rlhf.rundir import RunDirectory, default_path
 
     directory = RunDirectory(output or default_path(plan.algo.name))
