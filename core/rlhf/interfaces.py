@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.entries import Head
-from rlhf.errors import RowError
+from rlhf.errors import RequestError, RowError
 from rlhf.floor import ModelShape
 from rlhf.plan import Plan
 from rlhf.rows import Message
@@ -214,6 +214,8 @@ class LoadSpec:
     """Of matrix products, by autocast; None computes in the weights' own."""
     arguments: Mapping[str, Any] = attrs.Factory(dict)
     """More arguments of `from_pretrained`, such as a quantisation config."""
+    loaded: tuple[Callable[[nn.Module], None], ...] = ()
+    """What is done to the module as soon as its weights are there, before its first forward."""
     trust_remote_code: bool = False
     seed: int = 0
 
@@ -253,6 +255,22 @@ class Policy(Component):
     def save(self, module: nn.Module, folder: Path, spec: LoadSpec) -> None:
         """Write the module and its tokenizer as a standard HF or PEFT folder."""
         raise NotImplementedError
+
+    @classmethod
+    def export(cls, spec: LoadSpec, folder: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:
+        """Write a saved model as a plain folder that needs nothing else: adapters merged, quantised weights unpacked.
+
+        Args:
+            spec: `model` is what `save` wrote, or a folder of the same sort; the rest is as the role was loaded.
+            dtype: of the weights written; None is the type that the model they were trained from is stored in.
+
+        Returns:
+            What is worth telling, for people: "weights", "dtype", "merged", ...
+
+        Raises:
+            RequestError: it can't be had, or can't be written so.
+        """
+        raise RequestError(f"the policy {cls.__name__} writes no plain folder")
 
 
 @attrs.frozen(eq=False)

@@ -148,6 +148,18 @@ def build(plan: Plan, policy: Policy, backend: Backend, optimizer: OptimizerStra
 def _load(
     role: RolePlan, policy: Policy, context: Context, device: str, seed: int, models: Models
 ) -> tuple[nn.Module, LoadSpec]:
+    spec, strategies = spec_of(role, context, device, seed)
+    module = policy.load(spec)
+    for strategy in strategies:
+        module = strategy.adapt(module, spec)
+    for strategy in strategies:
+        module = strategy.wrap(module, spec)
+    models.strategies[role.name] = strategies
+    return module, spec
+
+
+def spec_of(role: RolePlan, context: Context, device: str, seed: int = 0) -> tuple[LoadSpec, list[MemoryStrategy]]:
+    """How a role's module is loaded, and its memory strategies, in the order they act."""
     spec = LoadSpec(
         role=role.name,
         model=role.model.path,
@@ -161,13 +173,7 @@ def _load(
     strategies: list[MemoryStrategy] = [resolve(c)(c.config, context) for c in role.mem]
     for strategy in strategies:
         spec = strategy.load(spec)
-    module = policy.load(spec)
-    for strategy in strategies:
-        module = strategy.adapt(module, spec)
-    for strategy in strategies:
-        module = strategy.wrap(module, spec)
-    models.strategies[role.name] = strategies
-    return module, spec
+    return spec, strategies
 
 
 class Scorer:

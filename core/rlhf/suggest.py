@@ -27,6 +27,19 @@ def nearby(recipe: Recipe, registry: Registry) -> Iterator[Recipe]:
         }
         kept = {prefix: options for prefix, options in recipe.options.items() if prefix not in gone}
         yield attrs.evolve(recipe, picks=picks, options=kept)
+    yield from _of_roles(recipe, registry)
+
+
+def _of_roles(recipe: Recipe, registry: Registry) -> Iterator[Recipe]:
+    """One memory strategy more, or less, of those that were chosen for a role alone."""
+    for role, asked in recipe.roles.items():
+        mem = asked.mem or ()
+        more = [(*mem, Pick(strategy.name)) for strategy in registry.entries("mem")] if mem else []
+        for changed in (*more, *(mem[:i] + mem[i + 1 :] for i in range(len(mem)))):
+            roles = {**recipe.roles, role: attrs.evolve(asked, mem=changed or None)}
+            gone = {address("mem", pick.key) for pick in mem if pick not in changed}
+            kept = {prefix: options for prefix, options in recipe.options.items() if prefix not in gone}
+            yield attrs.evolve(recipe, roles=roles, options=kept)
 
 
 def _edits(named: Picks, registry: Registry) -> Iterator[Picks]:

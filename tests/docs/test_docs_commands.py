@@ -17,7 +17,7 @@ STARTER = ROOT / "plugins" / "rlhf_plugins" / "starter"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OF_READERS = ("--algo theirs", "--algo tempered", "--reward keyword")
 """Of packages that a reader makes; tests/third_party installs such ones."""
-SUBCOMMANDS = ("run", "plan", "plugins", "pipeline", "eval", "report")
+SUBCOMMANDS = ("run", "plan", "plugins", "pipeline", "eval", "export", "report")
 
 
 def commands() -> list[tuple[str, str]]:
@@ -57,7 +57,7 @@ def test_a_documented_command_is_accepted(
     monkeypatch.chdir(desk)
     words = shlex.split(command)[1:]
     assert words[0] in SUBCOMMANDS or words[0].startswith("-"), f"{page}: no such command"
-    if words[0] in ("eval", "report") or "--resume" in words:  # they need a run; tests/runs carries them out
+    if words[0] in ("eval", "export", "report") or "--resume" in words:  # they need a run; tests/runs carries them out
         words = [words[0], "--help"]
     if "..." in command:
         rest = [word for word in words if "..." not in word and word not in ("the", "same", "arguments...")]

@@ -20,6 +20,7 @@ _COMMANDS = {
     "plugins": ("rlhf.cli.plugins:plugins", "List what is installed."),
     "pipeline": ("rlhf.cli.pipeline:pipeline", "Run stages that feed each other, such as SFT, reward model, PPO."),
     "eval": ("rlhf.cli.evaluate:evaluate", "Score a finished run's model on held-out data."),
+    "export": ("rlhf.cli.export:export", "Write a trained model as a plain folder: adapters merged, weights unpacked."),
     "report": ("rlhf.cli.report:report", "Write a run's report: one self-contained HTML page."),
 }
 

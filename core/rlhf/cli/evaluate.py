@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,9 @@ from rlhf.cli import say
 from rlhf.cli.run import planned, settle
 from rlhf.errors import Problem, RequestError
 from rlhf.recipe import from_mapping
+
+if TYPE_CHECKING:
+    from rlhf.rundir import RunDirectory
 
 
 @click.command("eval")
@@ -23,7 +27,6 @@ from rlhf.recipe import from_mapping
 def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint: str | None, as_json: bool) -> None:
     """Held-out scores of a run's model, by the run's own measure: rewards of samples online, loss offline."""
     settle()
-    from rlhf import checkpoint as checkpoints
     from rlhf.assemble import assemble
     from rlhf.heldout import evaluate as measure
     from rlhf.parts import restore
@@ -34,19 +37,7 @@ def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint:
     if data:
         recipe["eval_data"] = list(data)
     plan = planned(from_mapping(recipe, str(run_dir / "recipe.yaml")))
-    saved = {found.path.name: found for found in checkpoints.whole(directory.checkpoints)}
-    if not saved:
-        raise RequestError(Problem(f"{run_dir}: holds no checkpoint to evaluate"))
-    name = checkpoint or list(saved)[-1]
-    if name == "best":
-        best = (directory.summary() or {}).get("best")
-        name = f"step-{best['step']:06d}" if best else list(saved)[-1]
-    if name not in saved:
-        raise RequestError(Problem(f"{run_dir}: there is no checkpoint {name!r}", f"it holds {', '.join(saved)}"))
-    try:
-        state = checkpoints.load(saved[name].path)
-    except ValueError as error:
-        raise RequestError(Problem(str(error), f"it holds {', '.join(saved)}")) from error
+    name, state = saved_state(directory, checkpoint)
     parts = assemble(plan, say)
     with contextlib.closing(parts):
         restore(parts, state)
@@ -58,3 +49,30 @@ def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint:
     click.echo(f"{run_dir} {name}")
     for key, value in found.items():
         click.echo(f"  {key:<24} {value:.6g}")
+
+
+def saved_state(directory: RunDirectory, name: str | None) -> tuple[str, dict[str, Any]]:
+    """A checkpoint's name and what it holds.
+
+    Args:
+        name: a checkpoint's own, or "best"; None is the last.
+
+    Raises:
+        RequestError: there is no such one, or it isn't whole.
+    """
+    from rlhf import checkpoint as checkpoints
+
+    saved = {found.path.name: found for found in checkpoints.whole(directory.checkpoints)}
+    if not saved:
+        raise RequestError(Problem(f"{directory.path}: holds no checkpoint"))
+    chosen = name or list(saved)[-1]
+    if chosen == "best":
+        best = (directory.summary() or {}).get("best")
+        chosen = f"step-{best['step']:06d}" if best else list(saved)[-1]
+    fix = f"it holds {', '.join(saved)}"
+    if chosen not in saved:
+        raise RequestError(Problem(f"{directory.path}: there is no checkpoint {chosen!r}", fix))
+    try:
+        return chosen, checkpoints.load(saved[chosen].path)
+    except ValueError as error:
+        raise RequestError(Problem(str(error), fix)) from error

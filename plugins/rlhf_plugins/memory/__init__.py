@@ -1,12 +1,20 @@
-"""Memory strategies: the precision of weights and matrix products, LoRA adapters, gradient checkpointing."""
+"""Memory strategies: the precision of weights and matrix products, quantised weights, LoRA adapters, gradient
+checkpointing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator
 
 import attrs
 
-from rlhf.api import MemoryEntry, Plan, PlannedComponent, Problem, hookimpl, option
+from rlhf.api import MemoryEntry, hookimpl, option
+from rlhf_plugins.memory.rules import known_version, only_trained, under_adapters, whole_blocks
+
+# bitsandbytes, which PEFT imports wherever it is installed, warns of a kernel that it lacks and that is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+BITSANDBYTES = {"bitsandbytes": "pip install 'rlhf-kit[quant]'"}
 
 
 @attrs.frozen(kw_only=True)
@@ -31,16 +39,25 @@ class LoraConfig:
             raise ValueError("dora has no dropout: leave one of them out")
 
 
-def only_trained(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
-    """The strategy is for roles that are trained."""
-    for role in plan.roles:
-        if component in role.mem and role.view == "own" and not role.role.trainable:
-            what = f"--mem {role.name}={component.name}: the role {role.name} isn't trained"
-            yield Problem(what, f"leave it out, or give it to one of: {_trained(plan)}")
+@attrs.frozen(kw_only=True)
+class FourBitConfig:
+    quant_type: str = option(
+        "nf4",
+        help="the 16 values that a weight can take: quantiles of a normal distribution, or floats of 4 bits",
+        source="Dettmers et al. 2023, arXiv:2305.14314, section 3",
+        choices=("nf4", "fp4"),
+    )
+    double_quant: bool = option(True, help="keep the blocks' magnitudes in 8 bits: .37 bits less a weight")
 
 
-def _trained(plan: Plan) -> str:
-    return ", ".join(role.name for role in plan.roles if role.role.trainable)
+@attrs.frozen(kw_only=True)
+class EightBitConfig:
+    threshold: float = option(
+        6.0,
+        help="on a GPU: input columns with a larger magnitude are multiplied in 16 bits; 0: none; no matter on a CPU",
+        source="Dettmers et al. 2022, arXiv:2208.07339, section 3.2",
+        ge=0,
+    )
 
 
 @hookimpl
@@ -61,6 +78,29 @@ def rlhf_memory() -> Iterator[MemoryEntry]:
         phase="load",
         slot="precision",
         rank=10,
+    )
+    # Of phase adapt, though they act when the weights are loaded: the precision, settled by then, is what they take.
+    yield MemoryEntry(
+        name="4bit",
+        summary="linear weights in 4 bits, frozen under adapters (bitsandbytes nf4, double quantisation)",
+        config=FourBitConfig,
+        impl="rlhf_plugins.memory.quantised:FourBit",
+        phase="adapt",
+        slot="quantisation",
+        provides={"quantised"},
+        constraints=(under_adapters, known_version, whole_blocks),
+        modules=BITSANDBYTES,
+    )
+    yield MemoryEntry(
+        name="8bit",
+        summary="linear weights in 8 bits, frozen under adapters (bitsandbytes int8)",
+        config=EightBitConfig,
+        impl="rlhf_plugins.memory.quantised:EightBit",
+        phase="adapt",
+        slot="quantisation",
+        provides={"quantised"},
+        constraints=(under_adapters, known_version),
+        modules=BITSANDBYTES,
     )
     yield MemoryEntry(
         name="lora",

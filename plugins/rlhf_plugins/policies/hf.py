@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from rlhf.api import HeadRequest, LoadSpec, ModelShape, Policy, Problem, RequestError, RunError, Scores, Sequences
 from rlhf_plugins.policies.codec import HFCodec
+from rlhf_plugins.policies.export import export
 from rlhf_plugins.policies.heads import init_scalar_head, scalars, token_logps
 from rlhf_plugins.policies.loading import adapter_config, load_model
 from rlhf_plugins.policies.shape import shape_of
@@ -35,6 +36,8 @@ class HFPolicy(Policy):
             if parameter.is_floating_point():
                 parameter.requires_grad_(spec.trainable)
         model.eval()
+        for act in spec.loaded:
+            act(model)
         examine(model, spec.compute, torch.device(spec.device), lm=spec.head == "lm")
         return cast(nn.Module, model)
 
@@ -97,3 +100,7 @@ class HFPolicy(Policy):
             model = copy.deepcopy(module).merge_and_unload()  # type: ignore[operator]
         model.save_pretrained(folder)
         self.codec(spec.model).tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def export(cls, spec: LoadSpec, folder: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:
+        return export(spec, folder, dtype)

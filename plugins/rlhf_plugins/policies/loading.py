@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ _LM_HEADS = ("lm_head.", "embed_out.")
 """Weights that a language model has and its scalar-headed sibling has not."""
 
 
-def load_model(spec: LoadSpec, attention: str, world_size: int) -> PreTrainedModel:
+def load_model(
+    spec: LoadSpec, attention: str, world_size: int, unpack: Callable[[nn.Module], nn.Module] | None = None
+) -> PreTrainedModel:
     """The model on its device; of an adapter's folder, its base with the adapter merged.
+
+    Args:
+        unpack: makes a quantised base a plain one, into which an adapter may then be merged.
 
     Raises:
         RequestError: there is no such model, or its weights aren't all those of the head asked for.
@@ -39,7 +44,11 @@ def load_model(spec: LoadSpec, attention: str, world_size: int) -> PreTrainedMod
         fix = "its config.json names another architecture than its weights are of; nothing is left out or made up"
         raise RequestError(Problem(f"--model {spec.model}: {' and '.join(parts)}", fix))
     if adapter is not None:
-        model = _merged(model, spec)
+        if "quantization_config" in spec.arguments and unpack is None:
+            what = f"--model {spec.model}: is an adapter, and merging it into quantised weights would round it away"
+            fix = f"merge it into its base first: rlhf export {spec.model} --output FOLDER, then --model FOLDER"
+            raise RequestError(Problem(what, fix))
+        model = _merged(model if unpack is None else unpack(model), spec)
     return model if "device_map" in spec.arguments else _placed(model, torch.device(spec.device), world_size)
 
 
@@ -73,7 +82,7 @@ def _load(spec: LoadSpec, model: str, attention: str) -> tuple[Any, set[str], se
         **spec.arguments,
     }
     try:
-        with _quiet():
+        with quiet():
             found, info = auto.from_pretrained(model, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         what = f"--model {spec.model}: can't be loaded: {str(error).strip().splitlines()[0]}"
@@ -123,9 +132,6 @@ def _adapter_has_head(folder: str) -> bool:
 def _merged(model: Any, spec: LoadSpec) -> PreTrainedModel:
     from peft import PeftModel
 
-    if "quantization_config" in spec.arguments:
-        what = f"--model {spec.model}: is an adapter, and merging it into quantised weights would round it away"
-        raise RequestError(Problem(what, "merge it into its base first, or load it unquantised"))
     config = adapter_config(spec.model)
     if spec.head == "scalar" and config.task_type == "CAUSAL_LM":
         config.task_type = None  # under a scalar head, PEFT's wrapper for language models misses their generation
@@ -134,7 +140,7 @@ def _merged(model: Any, spec: LoadSpec) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No report of missing weights, which are dealt with here; no progress bar into a file."""
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()

@@ -19,10 +19,11 @@ def shape_of(module: nn.Module) -> ModelShape:
     head = trunk.model.get_output_embeddings()
     head_weight = getattr(head, "weight", None)
     dtype = trunk.traits.compute or trunk.model.dtype
-    weights = trained = 0.0
+    weights = trained = read = 0.0
     for parameter, count in _matrices(trunk.model, config, head):
         weights += count
         trained += count if parameter.requires_grad else 0
+        read += count * torch.finfo(dtype).bits / 8 if parameter.is_floating_point() else parameter.nbytes
     in_head = 0 if head_weight is None else head_weight.numel()
     return ModelShape(
         trunk=round(weights),
@@ -31,7 +32,7 @@ def shape_of(module: nn.Module) -> ModelShape:
         head_trained=in_head if head_weight is not None and head_weight.requires_grad else 0,
         attention=tuple(_attention(config)),
         dtype=str(dtype).removeprefix("torch."),
-        weight_bytes=(weights + in_head) * torch.finfo(dtype).bits / 8,
+        weight_bytes=read + in_head * torch.finfo(dtype).bits / 8,
     )
 
 
