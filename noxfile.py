@@ -39,6 +39,14 @@ def matrix(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("trl", ["1.16.0", "1.12.0"])
+def exactness(session: nox.Session, trl: str) -> None:
+    """The same runs by TRL, installed beside: its last release, and the last that had PPO. docs/exactness.md."""
+    session.install("-c", "constraints.txt", ".[dev]", f"trl=={trl}")
+    session.run("pytest", "-m", "peer", "tests/exactness", *session.posargs)
+
+
+@nox.session
 def third_party(session: nox.Session) -> None:
     """Strangers' packages, really installed: good ones run by name, broken ones are reported and harm nobody."""
     session.install(*INSTALL)
