@@ -39,6 +39,13 @@ def matrix(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The site, written to site/: a broken link, a page that no menu holds, or any other warning fails it."""
+    session.install(*nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"])
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-E", "-b", "html", "docs", "site")
+
+
+@nox.session
 def third_party(session: nox.Session) -> None:
     """Strangers' packages, really installed: good ones run by name, broken ones are reported and harm nobody."""
     session.install(*INSTALL)

@@ -1,5 +1,5 @@
-"""The reference page of `rlhf.api`, read from the source without importing it (griffe): so comments that give shapes and
-docstrings of fields are there too."""
+"""The reference page of `rlhf.api`, read from the source without importing it (griffe): so comments that give shapes
+and docstrings of fields are there too."""
 
 from __future__ import annotations
 
@@ -53,6 +53,27 @@ def api_page(core: Path) -> str:
     return "\n".join(lines)
 
 
+def constant(core: Path, module: str, name: str) -> Any:
+    """The value of a module's constant, read from the source."""
+    package = griffe.load("rlhf", search_paths=[core], allow_inspection=False)
+    return ast.literal_eval(str(package[module][name].value))
+
+
+def _broken(signature: str) -> list[str]:
+    """A signature, a line a parameter where it is long."""
+    if len(signature) <= 88:
+        return [signature]
+    start, depth, lines = signature.index("(") + 1, 0, [signature[: signature.index("(") + 1]]
+    for place, sign in enumerate(signature[start:], start):
+        depth += (sign in "([{") - (sign in ")]}")
+        if (sign == "," and depth == 0) or depth < 0:
+            lines.append("    " + signature[start:place].strip() + ",")
+            start = place + 1
+        if depth < 0:
+            return [*lines, signature[place:]]
+    raise ValueError(f"{signature!r}: its parentheses don't match")
+
+
 def _hooks(hooks: Any) -> Iterator[str]:
     yield from ("| hook | what it yields |", "| --- | --- |")
     for name, hook in hooks.functions.items():
@@ -69,7 +90,7 @@ def _member(name: str, target: Any) -> Iterator[str]:
         yield from _docstring(target)
         return
     if target.is_function:
-        yield from ("```python", f"def {target.signature()}", "```", "")
+        yield from ("```python", *_broken(f"def {target.signature()}"), "```", "")
         yield from _docstring(target)
         return
     bases = ", ".join(str(base).split("[")[0].rpartition(".")[2] for base in target.bases)

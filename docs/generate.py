@@ -15,9 +15,9 @@ from pathlib import Path
 
 import attrs
 import click
-from api_page import api_page
+from api_page import api_page, constant
 
-from rlhf import cli, hooks, options, registry, rundir
+from rlhf import cli, hooks, options, registry
 from rlhf.cli.recipes import _KIND_HELP
 from rlhf.entries import (
     KINDS,
@@ -34,6 +34,7 @@ from rlhf.entries import (
 from rlhf.recipe import RunOptions
 
 FOLDER = Path(__file__).parent / "reference"
+CORE = Path(cli.__file__).parents[2]
 DISTRIBUTION = "rlhf-kit"
 COMMAND = "python docs/generate.py"
 NOTE = f"<!-- Written by `{COMMAND}` from the code. Edit the code. -->\n"
@@ -54,13 +55,13 @@ ABOUT = {
     "policy": "A policy loads models, turns text into tokens and back, and scores sequences.",
     "engine": "A rollout engine samples responses. Offline algorithms need none.",
     "reward": "A reward judges responses, a number each. Several are added up with their weights.",
-    "mem": "A memory strategy says how a model is loaded, adapted, wrapped, sharded. They are joined by commas, whatever "
-    "the order; `--mem ROLE=NAME` is for one role.",
+    "mem": "A memory strategy says how a model is loaded, adapted, wrapped, sharded. They are joined by commas, "
+    "whatever the order; `--mem ROLE=NAME` is for one role.",
     "optim": "An optimiser strategy makes the parameter groups, the optimiser and its schedule.",
     "backend": "A backend makes the processes of a run act as one.",
     "format": "A format reads data. Where none is named, the file's name tells.",
-    "track": "A tracker hears of the run's events: it logs, reports, calls back. `--track none` silences those that listen "
-    "unasked.",
+    "track": "A tracker hears of the run's events: it logs, reports, calls back. `--track none` silences those that "
+    "listen unasked.",
     "launch": "A launcher starts the processes of a run.",
 }
 MACHINE = {"cuda": "the machine has an NVIDIA GPU", "bf16": "the GPUs, or else the CPU, compute in bfloat16"}
@@ -79,7 +80,7 @@ def pages() -> dict[str, str]:
     written["command-line.md"] = _command_line_page()
     written["recipe.md"] = _recipe_page()
     written["run-directory.md"] = _run_directory_page()
-    written["api.md"] = api_page(Path(cli.__file__).parents[2])
+    written["api.md"] = api_page(CORE)
     return {name: NOTE + "\n" + re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for name, text in written.items()}
 
 
@@ -239,8 +240,9 @@ def _capabilities_page(entries: list[Entry]) -> str:
     lines = [
         "# Capabilities",
         "",
-        "A plan is legal when everything that a component requires is provided by another one or by the machine, nothing",
-        "that it excludes is, and every component's own constraints hold. `rlhf plan` tells of each that doesn't.",
+        "A plan is legal when everything that a component requires is provided by another one or by the machine,",
+        "nothing that it excludes is, and every component's own constraints hold. `rlhf plan` tells of each that",
+        "doesn't.",
         "",
     ]
     return "\n".join(lines + table(["capability", "provided by", "required by", "excluded by"], rows))
@@ -256,7 +258,9 @@ def _link(entry: Entry) -> str:
 def _command_line_page() -> str:
     context = click.Context(cli.cli, info_name="rlhf")
     lines = ["# The command line", "", "`python -m rlhf` is the same program.", ""]
-    lines += table(["command", ""], [[f"[`rlhf {n}`](#rlhf-{n})", cell(text)] for n, (_, text) in cli._COMMANDS.items()])
+    lines += table(
+        ["command", ""], [[f"[`rlhf {n}`](#rlhf-{n})", cell(text)] for n, (_, text) in cli._COMMANDS.items()]
+    )
     lines += ["## Exit codes", "", *table(["code", "meaning"], [[str(c), text] for c, text in EXIT_CODES.items()])]
     for name in cli._COMMANDS:
         command = cli.cli.get_command(context, name)
@@ -303,9 +307,9 @@ def _recipe_page() -> str:
     lines = [
         "# The recipe",
         "",
-        "A YAML file for `rlhf run` and `rlhf plan`; `recipe.yaml` in a run directory is one. Flags go before the file,",
-        "the file before a component's and the built-in example's defaults. An unknown key, and a key given twice, is an",
-        "error.",
+        "A YAML file for `rlhf run` and `rlhf plan`; `recipe.yaml` in a run directory is one. Flags go before the",
+        "file, the file before a component's and the built-in example's defaults. An unknown key, and a key given",
+        "twice, is an error.",
         "",
         "```yaml",
         "algo: {name: ppo, clip_range: 0.1}   # a component with options; without any: algo: ppo",
@@ -328,7 +332,13 @@ def _recipe_page() -> str:
         ["`eval_data`", "held-out data, likewise; left out, a share of `data`"],
         ["`roles`", "for one role: `model`, and `mem` in place of that for all"],
     ]
-    lines += [*table(["key", "meaning"], rows), "## Run options", "", "Keys of a recipe, and flags of the same names.", ""]
+    lines += [
+        *table(["key", "meaning"], rows),
+        "## Run options",
+        "",
+        "Keys of a recipe, and flags of the same names.",
+        "",
+    ]
     rows = [
         [code(name), code("--" + name.replace("_", "-")), cell(options.type_name(f.type)), _default(f), _meaning(f)]
         for name, f in options.fields(RunOptions).items()
@@ -337,27 +347,29 @@ def _recipe_page() -> str:
     lines += [
         "## Pipelines",
         "",
-        "A file with a key `stages` is for `rlhf pipeline`: a recipe a stage, in order; keys beside `stages` hold for every",
-        "stage that doesn't say otherwise. `@STAGE` stands for the model that a stage before it wrote.",
-        "See [stages in a row](../how-to/pipeline.md).",
+        "A file with a key `stages` is for `rlhf pipeline`: a recipe a stage, in order; keys beside `stages` hold for",
+        "every stage that doesn't say otherwise. `@STAGE` stands for the model that a stage before it wrote. See",
+        "[stages in a row](../how-to/pipeline.md).",
         "",
     ]
     return "\n".join(lines)
 
 
 def _run_directory_page() -> str:
+    files = constant(CORE, "rundir", "FILES")  # read, not imported: `rlhf.rundir` brings torch
+    free = constant(CORE, "rundir", "_FREE_TO_CHANGE")
     lines = [
         "# The run directory",
         "",
-        "`--output DIR`; left out, `runs/ALGO-DATE-TIME`. Made when the first step is about to start: a request that is",
-        "refused leaves nothing behind. The keys of `metrics.jsonl` are in the [glossary](../glossary.md#metrics).",
+        "`--output DIR`; left out, `runs/ALGO-DATE-TIME`. Made when the first step is about to start: a request that",
+        "is refused leaves nothing behind. The keys of `metrics.jsonl` are in the [glossary](../glossary.md#metrics).",
         "",
-        *table(["in it", "what it is"], [[code(name), cell(text)] for name, text in rundir.FILES.items()]),
-        "A pipeline's directory holds a run directory a stage, `pipeline.yaml` (the stages), `recipes/` (each stage's, as",
-        "it was run) and `pipeline.json` (each stage's name with its summary).",
+        *table(["in it", "what it is"], [[code(name), cell(text)] for name, text in files.items()]),
+        "A pipeline's directory holds a run directory a stage, `pipeline.yaml` (the stages), `recipes/` (each stage's,",
+        "as it was run) and `pipeline.json` (each stage's name with its summary).",
         "",
         "`--resume` must find the recipe that the directory was made with. Free to change:",
-        f"{codes(sorted(rundir._FREE_TO_CHANGE))}.",
+        f"{codes(sorted(free))}.",
     ]
     return "\n".join(lines)
 
