@@ -90,11 +90,11 @@ def _member(name: str, target: Any) -> Iterator[str]:
         yield from _docstring(target)
         return
     if target.is_function:
-        yield from ("```python", *_broken(f"def {target.signature()}"), "```", "")
+        yield from ("```python", *_broken(f"def {target.signature()}: ..."), "```", "")
         yield from _docstring(target)
         return
     bases = ", ".join(str(base).split("[")[0].rpartition(".")[2] for base in target.bases)
-    yield from ("```python", f"class {name}{f'({bases})' if bases else ''}", "```", "")
+    yield from ("```python", f"class {name}{f'({bases})' if bases else ''}: ...", "```", "")
     yield from _docstring(target)
     yield from _fields(target)
     for method in target.members.values():
