@@ -33,7 +33,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """What takes minutes: the tutorial carried out as it is written."""
+    """What takes minutes: the tutorial, the how-tos and every documented run, carried out."""
     session.install(*INSTALL)
     session.run("pytest", "-m", "matrix", *session.posargs)
 

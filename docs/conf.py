@@ -8,6 +8,9 @@ extensions = ["myst_parser", "sphinx_copybutton"]
 myst_heading_anchors = 4
 smartquotes = False  # a dash before an option is a dash
 
+pygments_style = "tango"
+pygments_dark_style = "github-dark"
+
 html_theme = "furo"
 html_title = "rlhf"
 html_static_path = ["_static"]

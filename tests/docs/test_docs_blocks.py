@@ -87,6 +87,38 @@ def test_every_option_named_in_prose_exists(page: Path, installed: Registry) -> 
                 assert field in names[kind], f"{of(page)}: `{code}`: no --{kind} has an option {field}"
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page may end in."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_every_link_leads_somewhere() -> None:
+    followed = 0
+    for page in PAGES:
+        prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?<!\[)`[^`\n]*`(?!\])", "", prose)):
+            if link.startswith(("http://", "https://")):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.is_file(), f"{of(page)}: {link}: there is no such file"
+            assert not anchor or anchor in anchors(target), f"{of(page)}: {link}: there is no such heading"
+            followed += 1
+    assert followed > 100
+
+
+def test_every_page_is_in_the_sites_menu() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    trees = [content for language, content in blocks(index) if language == "{toctree}"]
+    listed = {
+        line for content in trees for line in content.split("\n") if line and line[0] != ":" and line != "Home <self>"
+    }
+    pages = {of(page).removeprefix("docs/").removesuffix(".md") for page in PAGES if page.name != "README.md"}
+    assert pages - {"index"} == listed
+
+
 def test_an_algorithm_of_ones_own_is_under_80_lines() -> None:
     page = files((ROOT / "docs" / "how-to" / "own-algorithm.md").read_text(encoding="utf-8"))
     assert {Path(name).name for name in page} == {"pyproject.toml", "__init__.py", "algorithm.py"}
