@@ -153,7 +153,8 @@ def _default(value: str) -> str:
     if not (isinstance(call, ast.Call) and ast.unparse(call.func) in ("attrs.field", "attrs.Factory")):
         return value
     if ast.unparse(call.func) == "attrs.Factory":
-        return f"{ast.unparse(call.args[0])}()"
+        factory = call.args[0]
+        return ast.unparse(factory.body) if isinstance(factory, ast.Lambda) else f"{ast.unparse(factory)}()"
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
     return given.get("default", "")
 
