@@ -47,7 +47,7 @@ def make_desk(folder: Path) -> Path:
     rows = [{"subject": "Sums", "problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(1, 9)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "folder").mkdir()
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         shutil.copy(folder / "prompts.jsonl", folder / "folder" / f"{split}.jsonl")
     for name in ("my.py", "my_reward.py"):
         (folder / name).write_text("def score(completion):\n    return 1.0\n")
@@ -69,7 +69,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the desk, with a real reward model."""
-    folder = make_desk(tmp_path_factory.mktemp("workshop"))
+    folder = tmp_path_factory.mktemp("workshops") / "workshop"
+    folder.mkdir()
+    make_desk(folder)
     judge = ("--algo", "reward", "--max-steps", "1", "--batch-size", "8", "--eval-rows", "0", "--track", "none")
     with pytest.raises(SystemExit) as done:
         main(["run", *judge, "--output", str(folder / "run-of-judge")])
@@ -120,10 +122,12 @@ def test_a_documented_command_is_accepted(
 def test_a_documented_run_runs(
     page: str, command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(workshop)
-    words = [
-        w.replace("ORG/NAME::", "folder/") + ".jsonl" if "::" in w else w for w in words_of(page, command, workshop)
-    ]
+    desk = workshop.parent / Path(page).stem  # of the page's own: a module is read once a process, by its path
+    if not desk.exists():
+        shutil.copytree(workshop, desk, symlinks=True)
+    monkeypatch.chdir(desk)
+    words = words_of(page, command, desk)
+    words = [word.replace("ORG/NAME::", "folder/") + ".jsonl" if "::" in word else word for word in words]
     if "--help" not in words:  # the last of an option given twice holds
         few = ("--max-steps", "1", "--batch-size", "8", "--eval-rows", "2", "--output", str(tmp_path / "run"))
         words += [*few, *(("--engine.max-new-tokens", "8") if "ppo" in words else ())]
