@@ -33,7 +33,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """What takes minutes: the tutorial carried out as it is written."""
+    """What takes minutes: the tutorial, the how-tos and every documented run, carried out."""
     session.install(*INSTALL)
     session.run("pytest", "-m", "matrix", *session.posargs)
 
@@ -44,6 +44,12 @@ def exactness(session: nox.Session, trl: str) -> None:
     """The same runs by TRL, installed beside: its last release, and the last that had PPO. docs/exactness.md."""
     session.install("-c", "constraints.txt", ".[dev]", f"trl=={trl}")
     session.run("pytest", "-m", "peer", "tests/exactness", *session.posargs)
+
+
+def docs(session: nox.Session) -> None:
+    """The site, written to site/: a broken link, a page that no menu holds, or any other warning fails it."""
+    session.install(*nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"])
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-E", "-b", "html", "docs", "site")
 
 
 @nox.session
