@@ -1,0 +1,114 @@
+"""From measured steps to what is printed: medians, spreads, ratios, floor ratios, the table. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import attrs
+
+TOKENS_APART = 0.02
+"""Share by which the two sides' token counts may differ: packing puts its items in orders of their own."""
+
+
+@attrs.frozen(kw_only=True)
+class Side:
+    """The timed steps of one side."""
+
+    seconds: tuple[float, ...]  # of each step
+    tokens: tuple[int, ...]  # of each step, prompts of pairs counted twice
+    peak_bytes: int  # resident memory of the process
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(self.tokens)
+
+
+@attrs.frozen(kw_only=True)
+class Result:
+    """One case."""
+
+    name: str
+    title: str
+    ours: Side
+    trl: Side
+    floor_seconds: tuple[float, ...] = ()  # of each timed step; empty where the run told none
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long TRL takes."""
+        return self.trl.median / self.ours.median
+
+    @property
+    def memory_ratio(self) -> float:
+        """How many times as much memory TRL takes."""
+        return self.trl.peak_bytes / self.ours.peak_bytes
+
+    def floor_ratio(self, side: Side) -> float | None:
+        """Seconds over the floor. The floor is of the work, not of who does it, so it is the same for both."""
+        return sum(side.seconds) / sum(self.floor_seconds) if self.floor_seconds else None
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: the two sides didn't read the same number of tokens, so their seconds don't compare.
+        """
+        ours, trl = self.ours.total_tokens, self.trl.total_tokens
+        if abs(ours - trl) > TOKENS_APART * trl:
+            raise ValueError(
+                f"{self.name}: ours read {ours} tokens and TRL {trl} in the timed steps, more than "
+                f"{TOKENS_APART:.0%} apart: {list(self.ours.tokens)} and {list(self.trl.tokens)}"
+            )
+
+
+HEADER = ("case", "ours s/step", "TRL s/step", "TRL / ours", "ours MB", "TRL MB", "ours / floor", "TRL / floor")
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """A row of the table; seconds as median (least to most)."""
+
+    def seconds(side: Side) -> str:
+        return f"{side.median:.2f} ({min(side.seconds):.2f} to {max(side.seconds):.2f})"
+
+    def floor(side: Side) -> str:
+        value = result.floor_ratio(side)
+        return "-" if value is None else f"{value:.1f}"
+
+    return (
+        result.title, seconds(result.ours), seconds(result.trl), f"{result.ratio:.2f}",
+        f"{result.ours.peak_bytes / 1e6:.0f}", f"{result.trl.peak_bytes / 1e6:.0f}",
+        floor(result.ours), floor(result.trl),
+    )  # fmt: skip
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table, its columns aligned so that it reads well as plain text too."""
+    lines = [HEADER, *map(cells, results)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    shown = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+             for line in lines]  # fmt: skip
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
+    return "\n".join([shown[0], rule, *shown[1:]]) + "\n"
+
+
+def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything measured, and what was made of it."""
+
+    def side(result: Result, one: Side) -> dict[str, Any]:
+        return {**attrs.asdict(one), "median_seconds": one.median, "floor_ratio": result.floor_ratio(one)}
+
+    return {
+        **about,
+        "cases": [
+            {
+                "name": r.name, "title": r.title, "ratio": r.ratio, "memory_ratio": r.memory_ratio,
+                "floor_seconds": list(r.floor_seconds), "ours": side(r, r.ours), "trl": side(r, r.trl),
+            }
+            for r in results
+        ],
+    }  # fmt: skip
