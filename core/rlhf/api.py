@@ -28,6 +28,7 @@ from rlhf.entries import (
     TrackerEntry,
 )
 from rlhf.errors import Interrupted, Problem, RequestError, RowError, RunError
+from rlhf.floor import AttentionShape, ModelShape
 from rlhf.hooks import hookimpl
 from rlhf.options import option
 from rlhf.plan import Component as PlannedComponent
@@ -107,6 +108,7 @@ __all__ = [
     "POLICY",
     "Algorithm",
     "AlgorithmEntry",
+    "AttentionShape",
     "Backend",
     "BackendEntry",
     "Batch",
@@ -132,6 +134,7 @@ __all__ = [
     "MemoryEntry",
     "MemoryStrategy",
     "Message",
+    "ModelShape",
     "OptimizerEntry",
     "OptimizerStrategy",
     "Plan",

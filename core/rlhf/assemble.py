@@ -13,6 +13,7 @@ from rlhf import data, offline
 from rlhf.data import Feed
 from rlhf.entries import RewardEntry
 from rlhf.errors import RequestError, RowError
+from rlhf.floor import Ledger
 from rlhf.interfaces import Algorithm, Backend, Codec, Context, Engine, OptimizerStrategy, Policy
 from rlhf.models import Scorer, build
 from rlhf.parts import Parts, Say
@@ -47,7 +48,8 @@ def assemble(plan: Plan, say: Say) -> Parts:
         count = len(rows)
     optimizer: OptimizerStrategy = make(plan.optim, context)
     models = build(plan, policy, backend, optimizer, context)
-    score = Scorer(models, plan.run.micro_batch_tokens, engine)
+    ledger = Ledger(models.shape)
+    score = Scorer(models, plan.run.micro_batch_tokens, engine, ledger=ledger)
     run = plan.run
     feed = Feed.of(count, run.batch_size, run.seed, run.epochs, run.max_steps)
     parts = Parts(
@@ -58,6 +60,7 @@ def assemble(plan: Plan, say: Say) -> Parts:
         algorithm=algorithm,
         optimizer=optimizer,
         score=score,
+        ledger=ledger,
         feed=feed,
         trackers=[make(tracker, context) for tracker in plan.trackers],
         last=None if run.max_steps else data.end_of(count, run.epochs),

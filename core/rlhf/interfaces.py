@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.entries import Head
 from rlhf.errors import RowError
+from rlhf.floor import ModelShape
 from rlhf.plan import Plan
 from rlhf.rows import Message
 from rlhf.sequences import (
@@ -243,6 +244,11 @@ class Policy(Component):
     def score(self, module: nn.Module, sequences: Sequences, heads: Sequence[HeadRequest]) -> list[Scores]:
         """Score sequences by one trunk and the heads asked for, in one forward of the trunk."""
         raise NotImplementedError
+
+    def shape(self, module: nn.Module) -> ModelShape | None:
+        """What a forward of the module computes and reads, for `perf/floor_ratio` and `perf/mfu`; None leaves both
+        out. Asked for when the module is whole and it is settled what is trained."""
+        return None
 
     def save(self, module: nn.Module, folder: Path, spec: LoadSpec) -> None:
         """Write the module and its tokenizer as a standard HF or PEFT folder."""

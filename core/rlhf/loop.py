@@ -25,10 +25,12 @@ import torch
 from rlhf import checkpoint
 from rlhf.data import derive
 from rlhf.errors import Interrupted, RunError
+from rlhf.floor import Peaks
 from rlhf.heldout import evaluate
 from rlhf.interfaces import State
 from rlhf.models import Scorer, cut, weight_stream
 from rlhf.parts import Parts, Say, component_states, reseed, restore
+from rlhf.peaks import measure
 from rlhf.rollouts import Sampler, describe
 from rlhf.rundir import RunDirectory
 from rlhf.sequences import Batch, Experience, Rollouts, Totals
@@ -54,6 +56,7 @@ class Loop:
         self._stop: int | None = None
         self._gradient = Scorer(parts.models, parts.plan.run.micro_batch_tokens, gradient=True)
         self._trackers = list(parts.trackers)
+        self._peaks = Peaks({}, 0.0)
 
     # The run
 
@@ -101,6 +104,7 @@ class Loop:
     def _one_step(self) -> None:
         parts, run = self.parts, self.parts.plan.run
         clock = _Clock()
+        parts.ledger.start()
         reseed(derive(run.seed, "step", self.step))
         parts.algorithm.step = self.step
         rows = parts.feed.rows(self.step, parts.last)
@@ -117,16 +121,24 @@ class Loop:
         self.step += 1
         metrics = {**parts.context.metrics.drain(parts.backend.world), **learnt}
         parts.algorithm.step_done(metrics)
-        tokens = sum(experience.sequences.total_lengths())
-        metrics.update({f"time/{phase}": seconds for phase, seconds in clock.phases.items()})
-        metrics["time/communication"] = 0.0  # of ranks; a parallel backend adds its own
-        metrics["perf/tokens_per_second"] = tokens / max(clock.total(), 1e-9)
-        metrics["memory/peak_rss_bytes"] = float(peak_rss())
-        if torch.cuda.is_available():
-            metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
+        metrics.update(self._performance(clock, sum(experience.sequences.total_lengths())))
         self.directory.log_metrics(self.step, metrics)
         self._tell("step_finished", self.step, metrics)
         self._after_step()
+
+    def _performance(self, clock: _Clock, tokens: int) -> dict[str, float]:
+        """What depends on the machine: times, and how far they are from what it allows."""
+        ledger, seconds = self.parts.ledger, clock.total()
+        if not ledger.dtypes <= set(self._peaks.flops):
+            self._peaks = measure(self.parts.backend.device, ledger.dtypes | set(self._peaks.flops))
+        metrics = {f"time/{phase}": taken for phase, taken in clock.phases.items()}
+        metrics["time/communication"] = 0.0  # of ranks; a parallel backend adds its own
+        metrics["perf/tokens_per_second"] = tokens / max(seconds, 1e-9)
+        metrics.update(ledger.metrics(self._peaks, seconds))
+        metrics["memory/peak_rss_bytes"] = float(peak_rss())
+        if torch.cuda.is_available():
+            metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
+        return metrics
 
     def _after_step(self) -> None:
         run = self.parts.plan.run
@@ -155,6 +167,7 @@ class Loop:
             if not requests:
                 raise RunError(f"{parts.plan.algo.name} asked for no sample in step {self.step}")
             rollouts = sampler.sample(requests, f"step-{self.step}")
+            parts.ledger.sampled(rollouts.sequences)
         with clock("reward"):
             sampled = len(rollouts)
             rollouts, failures = sampler.judge(rollouts)
@@ -199,7 +212,8 @@ class Loop:
             return {"loss": math.nan, "optim/updates": 0.0}
         for epoch in range(algorithm.epochs):
             for rows in self._minibatches(experience, epoch):
-                metrics = self._update(experience.select(rows), factor)
+                first = updates == 0 and len(rows) == len(experience)
+                metrics = self._update(experience.select(rows), factor, first)
                 updates += 1
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -219,14 +233,17 @@ class Loop:
             chosen = units[torch.from_numpy(np.sort(part))]
             yield torch.isin(group, chosen).nonzero().flatten() if unit == "group" else chosen
 
-    def _update(self, minibatch: Experience, factor: float) -> dict[str, float]:
+    def _update(self, minibatch: Experience, factor: float, first: bool = False) -> dict[str, float]:
+        """One optimiser step. `first`: of the loop's step, on all its experience."""
         parts = self.parts
         backend, sequences = parts.backend, minibatch.sequences
         counts = torch.tensor([sequences.token_count, len(sequences), sequences.group_count], dtype=torch.float64)
         totals = Totals(*(int(n) for n in backend.world.sum(counts).tolist()))
         logged: dict[str, torch.Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
         keep = parts.algorithm.unit == "group"
-        for rows in cut(sequences, parts.plan.run.micro_batch_tokens, keep):
+        pieces = list(cut(sequences, parts.plan.run.micro_batch_tokens, keep))
+        self._gradient.asked.clear()
+        for rows in pieces:
             batch = Batch(minibatch.select(rows), totals, backend.device)
             loss = parts.algorithm.loss(batch, self._gradient)
             if loss.ndim:
@@ -238,6 +255,7 @@ class Loop:
             for name, part in batch.logged.items():
                 logged[name] = logged.get(name, torch.zeros((), dtype=torch.float64)) + part.double()
         result = backend.update(factor)
+        parts.ledger.learnt(sequences, sorted(self._gradient.asked), at_once=first and len(pieces) == 1)
         names = sorted(set().union(*backend.world.gather(list(logged))))  # a rank may log what another doesn't
         nothing = torch.zeros((), dtype=torch.float64)
         reduced = backend.world.sum(torch.stack([logged.get(name, nothing) for name in names]))

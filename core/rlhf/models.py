@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data import derive
+from rlhf.floor import Ledger, ModelShape
 from rlhf.interfaces import (
     Backend,
     Context,
@@ -69,6 +70,7 @@ class Models:
     """By module."""
     strategies: dict[str, list[MemoryStrategy]]
     """By module, in the order they acted."""
+    _shapes: dict[str, ModelShape | None] = attrs.field(factory=dict, init=False)
 
     def forward(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
         """Scores by role: trained roles in one forward of the backend's container."""
@@ -88,6 +90,14 @@ class Models:
             scores = self.backend.forward([requests[i] for i in trained])
             found.update(zip(trained, scores, strict=True))
         return [found[i] for i in range(len(requests))]
+
+    def shape(self, role: str) -> tuple[str, ModelShape | None, bool, bool]:
+        """For the ledger: a role's module, its shape, whether the role reads the vocabulary head, whether adapters are
+        on."""
+        plan = self.plan.role(role)
+        if plan.module not in self._shapes:
+            self._shapes[plan.module] = self.policy.shape(self.body(plan.module))
+        return plan.module, self._shapes[plan.module], plan.role.head == "lm", plan.view != "adapters-off"
 
     def body(self, module: str) -> nn.Module:
         return self.trained.bodies[module] if module in self.trained.bodies else self.frozen.bodies[module]
@@ -163,11 +173,21 @@ def _load(
 class Scorer:
     """The forward handed to algorithms: see `rlhf.interfaces.Score`."""
 
-    def __init__(self, models: Models, budget: int, engine: Engine | None = None, gradient: bool = False) -> None:
+    def __init__(
+        self,
+        models: Models,
+        budget: int,
+        engine: Engine | None = None,
+        gradient: bool = False,
+        ledger: Ledger | None = None,
+    ) -> None:
         self._models = models
         self._budget = budget
         self._engine = engine
         self._gradient = gradient
+        self._ledger = ledger
+        self.asked: set[str] = set()
+        """Roles that were asked for, where there is a gradient: those that an optimiser step is of."""
 
     def __call__(self, of: Rollouts | Experience | Sequences, role: str, *, entropy: bool = False) -> Scores:
         return self.together(of, role, entropy=entropy)[0]
@@ -180,7 +200,10 @@ class Scorer:
             return self._models.forward([ScoreRequest(role, part, temperature, entropy) for role in roles])
 
         if self._gradient:
+            self.asked.update(roles)
             return tuple(forward(sequences))
+        if self._ledger is not None:
+            self._ledger.scored(sequences, roles)
         with torch.no_grad():
             parts = [(rows, forward(sequences.select(rows))) for rows in cut(sequences, self._budget)]
         return tuple(join_scores([(rows, scores[i]) for rows, scores in parts], sequences) for i in range(len(roles)))

@@ -13,6 +13,7 @@ import torch
 
 from rlhf.data import Feed
 from rlhf.errors import Problem, RequestError
+from rlhf.floor import Ledger
 from rlhf.interfaces import Algorithm, Backend, Context, MemoryStrategy, OptimizerStrategy, State, Tracker
 from rlhf.models import Models, Scorer
 from rlhf.offline import OfflineData
@@ -34,6 +35,7 @@ class Parts:
     optimizer: OptimizerStrategy
     score: Scorer
     """Without gradient."""
+    ledger: Ledger
     feed: Feed
     trackers: list[Tracker]
     sampler: Sampler | None = None

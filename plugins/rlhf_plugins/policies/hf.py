@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rlhf.api import HeadRequest, LoadSpec, Policy, Problem, RequestError, RunError, Scores, Sequences
+from rlhf.api import HeadRequest, LoadSpec, ModelShape, Policy, Problem, RequestError, RunError, Scores, Sequences
 from rlhf_plugins.policies.codec import HFCodec
 from rlhf_plugins.policies.heads import init_scalar_head, scalars, token_logps
 from rlhf_plugins.policies.loading import adapter_config, load_model
+from rlhf_plugins.policies.shape import shape_of
 from rlhf_plugins.policies.trunk import Trunk, examine
 
 
@@ -80,6 +81,9 @@ class HFPolicy(Policy):
                     values, score = read.split([len(states), len(last)])
                     found.append(Scores(request.role, values_=values, score_=score))
         return found
+
+    def shape(self, module: nn.Module) -> ModelShape:
+        return shape_of(module)
 
     def save(self, module: nn.Module, folder: Path, spec: LoadSpec) -> None:
         """A PEFT folder where the module has adapters, else a whole model; safetensors, in the weights' own type.

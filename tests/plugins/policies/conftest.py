@@ -78,6 +78,12 @@ def build(family: str, head: str = "lm") -> Any:
 
 
 @pytest.fixture
+def model() -> Callable[..., Any]:
+    """A random model of a family, in memory."""
+    return build
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., str]:
     def save(family: str, head: str = "lm", bos: bool = False) -> str:
         place = tmp_path / f"{family}-{head}"
