@@ -91,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pythons[requirement] = pythons[requirement] or environments.interpreter(folder, requirement)
     env = {**os.environ, "OMP_NUM_THREADS": str(given.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     prepared = _prepare(given, wanted, data, work, env)
+    flops = prepared["peaks"]["flops"]
+    products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in sorted(flops.items()))
+    print(f"this machine: {products}; memory {prepared['peaks']['bandwidth'] / 1e9:.1f} GB/s", flush=True)
     done: list[results.Result] = []
     versions: dict[str, dict[str, str]] = {}
     failures: list[str] = []
@@ -103,9 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ours, floor = sides.ours(job)
             trl, versions[case.requirement] = sides.trl(job, pythons[case.requirement])
             environments.check_versions(versions[case.requirement])
-            result = results.Result(
-                name=case.name, title=case.title, ours=ours, trl=trl, floor_seconds=tuple(floor)
-            )
+            result = results.Result(name=case.name, title=case.title, ours=ours, trl=trl, floor_seconds=tuple(floor))
             result.check()
         except (RuntimeError, ValueError) as error:
             failures.append(f"{case.name}: {error}")
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done.append(result)
         print("  ".join(f"{name}: {cell}" for name, cell in zip(results.HEADER, results.cells(result), strict=True)),
               flush=True)  # fmt: skip
-        _write(given, done, versions, work)
+        _write(given, done, versions, prepared["peaks"], work)
     print("\n" + results.markdown(done))
     return 1 if failures else 0
 
@@ -133,12 +134,15 @@ def _prepare(given: Any, wanted: Sequence[Case], data: dict[str, str], work: Pat
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def _write(given: Any, done: Sequence[results.Result], versions: dict[str, dict[str, str]], work: Path) -> None:
+def _write(
+    given: Any, done: Sequence[results.Result], versions: dict[str, dict[str, str]], peaks: Any, work: Path
+) -> None:
     output: Path = (given.output or work).resolve()
     output.mkdir(parents=True, exist_ok=True)
     about = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "peaks": peaks,
         "threads": given.threads,
         "checkpointing": given.checkpointing,
         "model": given.model or ("tiny" if given.quick else "SmolLM2-135M-Instruct"),

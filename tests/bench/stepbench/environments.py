@@ -40,6 +40,10 @@ def check_versions(found: Mapping[str, str], names: Sequence[str] = SAME) -> Non
     Raises:
         ValueError: TRL ran with other versions than ours.
     """
-    other = [f"{name} {found[name]}, ours {version(name)}" for name in names if found.get(name, version(name)) != version(name)]
+    other = [
+        f"{name} {found[name]}, ours {version(name)}"
+        for name in names
+        if found.get(name, version(name)) != version(name)
+    ]
     if other:
         raise ValueError(f"TRL's interpreter has {'; '.join(other)}: leave --trl-python out, or install the same there")

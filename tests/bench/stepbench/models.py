@@ -88,7 +88,7 @@ def endless(model: Path, folder: Path) -> None:
     """
     folder.mkdir()
     for file in model.iterdir():
-        if file.is_file() and file.suffix == ".safetensors" or file.name.endswith(".index.json"):
+        if (file.is_file() and file.suffix == ".safetensors") or file.name.endswith(".index.json"):
             (folder / file.name).symlink_to(file.resolve())
     tokenizer = AutoTokenizer.from_pretrained(model)
     used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}

@@ -144,8 +144,8 @@ def ppo(spec: Mapping[str, Any], rows: list[dict[str, Any]], stamps: Stamps) -> 
     return trainer, counting, sampled
 
 
-# What `accelerate launch --mixed_precision bf16` sets. The other trainers have it from `bf16`; PPOTrainer, which makes an
-# Accelerator of its own, trains in float32 without it.
+# What `accelerate launch --mixed_precision bf16` sets. The other trainers have it from `bf16`; PPOTrainer makes an
+# Accelerator of its own, and trains in float32 without it.
 MIXED_PRECISION = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 

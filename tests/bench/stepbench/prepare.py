@@ -1,11 +1,12 @@
-"""Make models and rows, in a process of its own: what has loaded torch is too large to be the parent of what is measured
-(a child's peak memory begins with its parent's).
+"""Make models and rows, in a process of its own: what has loaded torch is too large to be the parent of what is
+measured, since a child's peak memory begins with its parent's.
 
     python -m stepbench.prepare SPEC.json
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from rlhf.data import Feed
+from rlhf.peaks import measure
 from rlhf_plugins.functional.packing import pack
 from stepbench import models, rows
 from stepbench.cases import FULL, QUICK, cases
@@ -28,7 +30,7 @@ def main(spec_path: str) -> None:
     else:
         make = models.tiny if spec["quick"] else models.smollm2
         model = models.once(work / "models" / make.__name__, make)
-    key = model.resolve().name
+    key = f"{model.name}-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:8]}"  # two may be of one name
     ppo = models.once(work / "models" / f"{key}-endless", models.endless, model)
     reward = models.once(work / "models" / f"{key}-reward", models.reward, ppo)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -56,7 +58,12 @@ def main(spec_path: str) -> None:
         else:
             found_order = order(len(taken), case.batch, steps, spec["seed"])
             rows.write(folder / f"{case.name}-trl.jsonl", [taken[i] for i in found_order])
-    result = {"models": {"model": str(model), "ppo": str(ppo), "reward": str(reward)}, "items": items}
+    peaks = measure("cpu", ("bfloat16", "float32"))
+    result = {
+        "models": {"model": str(model), "ppo": str(ppo), "reward": str(reward)},
+        "items": items,
+        "peaks": {"flops": dict(peaks.flops), "bandwidth": peaks.bandwidth},
+    }
     Path(spec["result"]).write_text(json.dumps(result))
 
 

@@ -50,8 +50,9 @@ class Result:
         return self.trl.peak_bytes / self.ours.peak_bytes
 
     def floor_ratio(self, side: Side) -> float | None:
-        """Seconds over the floor. The floor is of the work, not of who does it, so it is the same for both."""
-        return sum(side.seconds) / sum(self.floor_seconds) if self.floor_seconds else None
+        """Median of a step's seconds over its floor, which goes by the work, not by who does it: the same for both."""
+        ratios = [taken / least for taken, least in zip(side.seconds, self.floor_seconds, strict=False)]
+        return median(ratios) if ratios else None
 
     def check(self) -> None:
         """

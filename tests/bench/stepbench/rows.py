@@ -18,12 +18,13 @@ Count = Callable[[str], int]
 """Tokens of a text."""
 
 COLUMNS = {"sft": ("prompt", "completion"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
-WORDS = (
+_WORDS = (
     "the of and to in is was for on that with as by at from it an are be this which or had not but have one new first "
     "their has its after who they two her she been other when time during there into all may would more years over "
     "only most made some between where known many through until later being used world about them work people number "
     "part under city name both before day year same around three since well while second group water small long house"
-).split()
+)
+WORDS = _WORDS.split()
 
 
 def text(random: Random, tokens: int, count: Count) -> str:
