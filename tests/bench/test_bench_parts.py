@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,15 @@ def test_an_unknown_case_is_a_wrong_request(capsys):
     assert "--only grpo: no such case; there are sft, sft-packed, reward, dpo, dpo-lora, ppo" in capsys.readouterr().err
 
 
+def test_no_step_is_no_benchmark(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--steps", "0"])
+    assert stopped.value.code == 2
+    assert "must be a whole number above 0, not '0'" in capsys.readouterr().err
+
+
 def test_data_is_given_by_kind(capsys):
-    assert cli.data_files(["pairs=/x/y.jsonl"]) == {"pairs": "/x/y.jsonl"}
+    assert cli.data_files([f"pairs={__file__}"]) == {"pairs": __file__}
     assert cli.main(["--data", "rows.jsonl"]) == 2
     assert "expected KIND=PATH with KIND one of sft, pairs, prompts" in capsys.readouterr().err
 
@@ -65,10 +73,29 @@ def test_a_failed_side_tells_the_end_of_its_log(tmp_path: Path):
         process.run([sys.executable, "-c", "print('no such thing'); raise SystemExit(3)"], {}, tmp_path / "log")
 
 
+def test_an_interpreter_tells_its_versions():
+    found = environments.versions(sys.executable)
+    assert found["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="no/python: can't be run"):
+        environments.versions("no/python")
+
+
 def test_other_versions_are_refused():
-    environments.check_versions({"torch": torch.__version__})
-    with pytest.raises(ValueError, match=r"torch 1\.0, ours"):
-        environments.check_versions({"torch": "1.0"})
+    ours = {name: version(name) for name in environments.SAME}
+    environments.check_versions("python", {**ours, "trl": "1.16.0"}, "trl==1.16.0")
+    with pytest.raises(ValueError, match=r"python: has trl missing, not 1\.16\.0; torch 1\.0, not "):
+        environments.check_versions("python", {**ours, "torch": "1.0"}, "trl==1.16.0")
+
+
+def test_a_wrong_interpreter_is_found_before_anything_is_made(tmp_path: Path, capsys):
+    assert cli.main(["--quick", "--only", "sft", "--trl-python", "no/python", "--work", str(tmp_path)]) == 2
+    assert "no/python: can't be run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_none_is_a_wrong_request(tmp_path: Path, capsys):
+    assert cli.main(["--model", str(tmp_path)]) == 2
+    assert "no such model; give a folder that has a config.json" in capsys.readouterr().err
 
 
 def test_a_step_lasts_from_the_end_of_the_one_before():

@@ -18,10 +18,8 @@ pytestmark = pytest.mark.matrix
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     work = tmp_path_factory.mktemp("bench")
-    for folder in ("logs", "runs", "rows"):
-        (work / folder).mkdir()
     given = cli.parser().parse_args(["--quick"])
-    return work, cli._prepare(given, cli.chosen("", 2, quick=True), {}, work, dict(os.environ))
+    return work, cli.prepare(given, cli.chosen("", 2, quick=True), {}, work, dict(os.environ))
 
 
 @pytest.mark.parametrize("case", cli.chosen("", 2, quick=True), ids=lambda case: case.name)
@@ -43,5 +41,6 @@ def test_each_step_reads_the_rows_that_trl_is_given_for_it(prepared, case):
         ]
     steps = [sum(sizes[i : i + case.batch]) for i in range(0, case.batch * case.total, case.batch)]
     assert side.tokens == pytest.approx(steps[case.warmup :], rel=0.02 if case.name == "ppo" else 0)
+    assert side.sampled == ((64, 64) if case.name == "ppo" else ())  # 8 prompts, 8 tokens each
     assert len(floor) == len(side.seconds) == 2
     assert all(taken > least > 0 for taken, least in zip(side.seconds, floor, strict=True))

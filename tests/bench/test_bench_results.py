@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 from stepbench import sides
-from stepbench.results import Result, Side, as_json, markdown
+from stepbench.results import Result, Side, as_json, footer, markdown
 
 OURS = Side(seconds=(2.0, 4.0, 3.0), tokens=(100, 200, 150), peak_bytes=2_000_000_000)
 PEER = Side(seconds=(6.0, 9.0, 30.0), tokens=(100, 200, 150), peak_bytes=5_000_000_000)
@@ -53,6 +53,26 @@ def test_different_work_is_refused(tokens, same):
     else:
         with pytest.raises(ValueError, match=rf"ours read {sum(tokens)} tokens and TRL 450"):
             result.check()
+
+
+def test_different_samples_are_refused():
+    result = attrs.evolve(
+        RESULT, ours=attrs.evolve(OURS, sampled=(500, 500)), trl=attrs.evolve(PEER, sampled=(512, 512))
+    )
+    with pytest.raises(ValueError, match="ours sampled 1000 tokens and TRL 1024"):
+        result.check()
+
+
+def test_the_footer():
+    about = {
+        "date": "2026-01-02T03:04:05+00:00", "model": "M", "machine": {"processor": "CPU", "cores": 4}, "threads": 2,
+        "peaks": {"flops": {"float32": 2e11, "bfloat16": 7.5e11}, "bandwidth": 2e10}, "checkpointing": False,
+        "versions": {"trl": "1.0", "torch": "2.0"},
+    }  # fmt: skip
+    assert footer(about) == (
+        "2026-01-02, M, CPU, 2 of 4 cores: 750 GFLOP/s in bfloat16, 200 GFLOP/s in float32, 20 GB/s from memory. "
+        "Gradient checkpointing off. trl 1.0, torch 2.0.\n"
+    )
 
 
 def test_a_step_is_the_sum_of_its_phases():

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +163,6 @@ def main(spec_path: str, result_path: str) -> None:
         "seconds": seconds,
         "tokens": [n + (sampled[i] if sampled else 0) for i, n in enumerate(counting.tokens[: spec["steps"]])],
         "sampled": sampled,
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("trl", "torch", "transformers", "peft")},
     }
     Path(result_path).write_text(json.dumps(result, indent=1))
 

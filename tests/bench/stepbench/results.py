@@ -19,14 +19,11 @@ class Side:
     seconds: tuple[float, ...]  # of each step
     tokens: tuple[int, ...]  # of each step, prompts of pairs counted twice
     peak_bytes: int  # resident memory of the process
+    sampled: tuple[int, ...] = ()  # response tokens of each step, where it samples
 
     @property
     def median(self) -> float:
         return median(self.seconds)
-
-    @property
-    def total_tokens(self) -> int:
-        return sum(self.tokens)
 
 
 @attrs.frozen(kw_only=True)
@@ -57,14 +54,17 @@ class Result:
     def check(self) -> None:
         """
         Raises:
-            ValueError: the two sides didn't read the same number of tokens, so their seconds don't compare.
+            ValueError: the two sides didn't read or sample the same number of tokens, so their seconds don't compare.
         """
-        ours, trl = self.ours.total_tokens, self.trl.total_tokens
-        if abs(ours - trl) > TOKENS_APART * trl:
-            raise ValueError(
-                f"{self.name}: ours read {ours} tokens and TRL {trl} in the timed steps, more than "
-                f"{TOKENS_APART:.0%} apart: {list(self.ours.tokens)} and {list(self.trl.tokens)}"
-            )
+        for what, ours, trl in (
+            ("read", self.ours.tokens, self.trl.tokens),
+            ("sampled", self.ours.sampled, self.trl.sampled),
+        ):
+            if abs(sum(ours) - sum(trl)) > TOKENS_APART * sum(trl):
+                raise ValueError(
+                    f"ours {what} {sum(ours)} tokens and TRL {sum(trl)} in the timed steps, more than "
+                    f"{TOKENS_APART:.0%} apart: {list(ours)} and {list(trl)}"
+                )
 
 
 HEADER = ("case", "ours s/step", "TRL s/step", "TRL / ours", "ours MB", "TRL MB", "ours / floor", "TRL / floor")
@@ -95,6 +95,19 @@ def markdown(results: Sequence[Result]) -> str:
              for line in lines]  # fmt: skip
     rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
     return "\n".join([shown[0], rule, *shown[1:]]) + "\n"
+
+
+def footer(about: Mapping[str, Any]) -> str:
+    """What the table was measured on and with, in a sentence or two."""
+    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in sorted(about["peaks"]["flops"].items()))
+    memory = f"{about['peaks']['bandwidth'] / 1e9:.0f} GB/s from memory"
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    machine = f"{about['machine']['processor']}, {about['threads']} of {about['machine']['cores']} cores"
+    checkpointing = "on" if about["checkpointing"] else "off"
+    return (
+        f"{about['date'][:10]}, {about['model']}, {machine}: {rates}, {memory}. "
+        f"Gradient checkpointing {checkpointing}. {versions}.\n"
+    )
 
 
 def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any]:

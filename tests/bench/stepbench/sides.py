@@ -58,7 +58,10 @@ def ours(job: Job) -> tuple[Side, list[float]]:
     shutil.rmtree(folder / "model")
     timed = steps[case.warmup :]
     return Side(
-        seconds=tuple(map(step_seconds, timed)), tokens=tuple(map(step_tokens, timed)), peak_bytes=finished.peak_bytes
+        seconds=tuple(map(step_seconds, timed)),
+        tokens=tuple(map(step_tokens, timed)),
+        sampled=tuple(round(step["response/length"] * case.batch) for step in timed if "response/length" in step),
+        peak_bytes=finished.peak_bytes,
     ), [step["perf/floor_seconds"] for step in timed if step.get("perf/floor_seconds") is not None]
 
 
@@ -72,8 +75,8 @@ def step_tokens(metrics: Mapping[str, Any]) -> int:
     return round(metrics["perf/tokens_per_second"] * step_seconds(metrics))
 
 
-def trl(job: Job, python: str) -> tuple[Side, dict[str, str]]:
-    """(the timed steps, versions of what it ran with): TRL's own trainer."""
+def trl(job: Job, python: str) -> Side:
+    """The timed steps of TRL's own trainer."""
     case = job.case
     spec_path, result_path = (job.work / "logs" / f"{case.name}-{name}.json" for name in ("spec", "trl"))
     result_path.unlink(missing_ok=True)
@@ -87,5 +90,5 @@ def trl(job: Job, python: str) -> tuple[Side, dict[str, str]]:
     command = [python, str(Path(__file__).parent / "peer.py"), str(spec_path), str(result_path)]
     finished = process.run(command, job.env, job.work / "logs" / f"{case.name}-trl.log")
     result = json.loads(result_path.read_text(encoding="utf-8"))
-    seconds, tokens = (tuple(result[key][case.warmup :]) for key in ("seconds", "tokens"))
-    return Side(seconds=seconds, tokens=tokens, peak_bytes=finished.peak_bytes), result["versions"]
+    measured = {key: tuple(result[key][case.warmup :]) for key in ("seconds", "tokens", "sampled")}
+    return Side(**measured, peak_bytes=finished.peak_bytes)
