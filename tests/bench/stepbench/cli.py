@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
     add("--trl-python", metavar="PATH", help=f"an interpreter with {TRL}; left out, one is made")
     add("--trl-ppo-python", metavar="PATH", help=f"an interpreter with {TRL_PPO}; left out, one is made")
     add("--threads", type=positive, default=2, help="of both sides (2)")
-    add("--checkpointing", action="store_true", help="gradient checkpointing on both sides; left out, on neither")
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="gradient checkpointing on both sides, but for PPO, whose trainer has none; left out, on neither",
+    )
     add("--seed", type=int, default=0, help="of rows, their order and sampling (0)")
     add("--work", type=Path, default=Path("build/bench"), help="where environments, models and logs go (build/bench)")
     add("--output", type=Path, help="folder of results.json and results.md; left out, that of --work")
@@ -125,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in wanted:
         job = sides.Job(
             case=case, models=prepared["models"], items=prepared["items"].get(case.name, ()), work=work,
-            seed=given.seed, checkpointing=given.checkpointing, env=env,
+            seed=given.seed, checkpointing=given.checkpointing and case.trainer != "ppo", env=env,
         )  # fmt: skip
         try:
             done.append(measured(job, pythons[case.requirement]))
