@@ -95,14 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--model {given.model}: no such model; give a folder that has a config.json")
         pythons = {TRL: given.trl_python, TRL_PPO: given.trl_ppo_python}
         versions: dict[str, str] = {"rlhf-kit": version("rlhf-kit")}
-        for requirement in sorted({case.requirement for case in wanted}):
+        for requirement in sorted({case.requirement for case in wanted}, reverse=True):
             folder = work / "envs" / requirement.replace("==", "-")
             python = pythons[requirement] or environments.interpreter(folder, requirement)
             found = environments.versions(python)
             environments.check_versions(python, found, requirement)
             pythons[requirement] = python
-            versions["trl for PPO" if requirement == TRL_PPO else "trl"] = found.pop("trl")
-            versions |= found
+            versions["trl for PPO" if requirement == TRL_PPO else "trl"] = found["trl"]
+        versions |= {name: version(name) for name in environments.SAME}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
