@@ -78,6 +78,12 @@ class Peaks:
     bandwidth: float
     """Bytes/s read from memory."""
 
+    def best(self, other: Peaks) -> Peaks:
+        """The higher of each: what is lower was measured while something else ran."""
+        dtypes = {**self.flops, **other.flops}
+        flops = {name: max(peaks.flops.get(name, 0.0) for peaks in (self, other)) for name in dtypes}
+        return Peaks(flops, max(self.bandwidth, other.bandwidth))
+
 
 def token_count(sequences: Sequences) -> int:
     """Tokens of prompts, each once, and of responses."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 
@@ -129,8 +130,10 @@ class Loop:
     def _performance(self, clock: _Clock, tokens: int) -> dict[str, float]:
         """What depends on the machine: times, and how far they are from what it allows."""
         ledger, seconds = self.parts.ledger, clock.total()
-        if not ledger.dtypes <= set(self._peaks.flops):
-            self._peaks = measure(self.parts.backend.device, ledger.dtypes | set(self._peaks.flops))
+        again = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...: a machine may be busy when it is first measured
+        if again or not ledger.dtypes <= set(self._peaks.flops):
+            found = measure(self.parts.backend.device, ledger.dtypes | set(self._peaks.flops))
+            self._peaks = self._peaks.best(found)
         metrics = {f"time/{phase}": taken for phase, taken in clock.phases.items()}
         metrics["time/communication"] = 0.0  # of ranks; a parallel backend adds its own
         metrics["perf/tokens_per_second"] = tokens / max(seconds, 1e-9)
@@ -351,6 +354,7 @@ class Loop:
             "wall_seconds": round(self._wall_seconds(), 3),
             "peak_rss_bytes": peak_rss(),
             "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "peaks": attrs.asdict(self._peaks),
             "heldout_before": self.heldout_before,
             "heldout_after": self.heldout_after,
             "best": {"step": self.best[0], "metric": name, "value": self.best[1]} if self.best else None,

@@ -173,13 +173,20 @@ def test_peaks_are_measured() -> None:
     assert 1e8 < peaks.bandwidth < 1e13
 
 
+def test_the_higher_of_two_measurements_is_the_peak() -> None:
+    one = Peaks({"float32": 5.0, "bfloat16": 2.0}, bandwidth=1.0)
+    two = Peaks({"float32": 4.0}, bandwidth=3.0)
+    assert one.best(two) == two.best(one) == Peaks({"float32": 5.0, "bfloat16": 2.0}, bandwidth=3.0)
+
+
 # In a run
 
 
 def run_of(folder: Path, **recipe: Any) -> Run:
     run = Run(folder, plan_of(max_steps=1, **recipe))
-    run.loop._peaks = Peaks({"float32": 1.0}, bandwidth=1e12)
-    run.go()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.loop.measure", lambda device, dtypes: Peaks(dict.fromkeys(dtypes, 1.0), bandwidth=1e12))
+        run.go()
     return run
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from rlhf import __version__
+from rlhf.allocator import restart_with_tunables
 from rlhf.errors import Interrupted, RequestError, RunError
 
 _COMMANDS = {
@@ -55,6 +56,8 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; exits with 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    if arguments is None:
+        restart_with_tunables(sys.argv[1:])
     try:
         # Not cli.main: it would turn a broken pipe into exit code 1.
         with cli.make_context("rlhf", list(sys.argv[1:] if arguments is None else arguments)) as context:

@@ -56,7 +56,7 @@ class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
         """[2, n]: log-probs; entropies, or zeros where they aren't asked for."""
-        z = logits.float() / temperature if temperature != 1.0 else logits.float()
+        z = _tempered(logits, temperature)
         log_z = z.logsumexp(-1)
         logp = z.gather(-1, targets[:, None]).squeeze(-1) - log_z
         spread = torch.zeros_like(logp)
@@ -70,7 +70,8 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets, log_z, spread = ctx.saved_tensors
         of_logp, of_entropy = grads[0] / ctx.temperature  # [n] each
-        log_p = (logits.float() / ctx.temperature).sub_(log_z[:, None])
+        log_p = _tempered(logits, ctx.temperature)
+        log_p = log_p - log_z[:, None] if log_p is logits else log_p.sub_(log_z[:, None])
         if ctx.entropy:
             p = log_p.exp()
             grad = log_p.add_(spread[:, None]).mul_(of_entropy[:, None]).add_(of_logp[:, None]).mul_(p).neg_()
@@ -78,6 +79,15 @@ class _LogSoftmax(torch.autograd.Function):
             grad = log_p.exp_().mul_(-of_logp[:, None])
         grad.scatter_add_(-1, targets[:, None], of_logp[:, None])
         return grad.to(logits.dtype), None, None, None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in float32, with one array of that size and no more; the logits themselves where nothing
+    changes."""
+    z = logits.float()
+    if temperature == 1.0:
+        return z
+    return z / temperature if z is logits else z.div_(temperature)
 
 
 def scalars(hidden: Tensor, head: nn.Module) -> Tensor:
