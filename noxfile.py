@@ -46,6 +46,7 @@ def exactness(session: nox.Session, trl: str) -> None:
     session.run("pytest", "-m", "peer", "tests/exactness", *session.posargs)
 
 
+@nox.session
 def docs(session: nox.Session) -> None:
     """The site, written to site/: a broken link, a page that no menu holds, or any other warning fails it."""
     session.install(*nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"])
@@ -60,3 +61,10 @@ def third_party(session: nox.Session) -> None:
     for name in ("rlhf-scored", "rlhf-tempered", "broken/rlhf-broken", "broken/rlhf-squatter", "broken/rlhf-heavy"):
         session.install("--no-deps", f"{packages}/{name}")
     session.run("pytest", packages, env={"RLHF_THIRD_PARTY": "installed"})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Seconds a step, memory and floor ratio against TRL, in turn; half an hour in which nothing else should run."""
+    session.install(*INSTALL, "gguf")
+    session.run("python", "tests/bench/run.py", *session.posargs)
