@@ -131,8 +131,8 @@ LOOP_TABLE = (
      "self._sync(self.step)",
      (f"{LOOP}::test_the_engine_is_given_new_weights_after_each_step",)),
     ("sync: before the update", "the engine is a step behind",
-     '"update"):\n            learnt = self._learn(experience)\n        with clock("sync"):\n            self._sync(self.step'
-     " + 1)",
+     '"update"):\n            learnt = self._learn(experience)\n        with clock("sync"):\n            self._sync('
+     "self.step + 1)",
      '"sync"):\n            self._sync(self.step + 1)\n        with clock("update"):\n            learnt = self._learn('
      "experience)",
      (f"{LOOP}::test_the_engine_is_given_new_weights_after_each_step",)),

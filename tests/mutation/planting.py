@@ -7,6 +7,7 @@ its tests cost: torch and transformers are imported once.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import hypothesis
+import pytest
 from mutants import PACKAGES, ROOT, Mutant
 
 _NO_TEST = ("SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError", "NameError")
@@ -97,9 +100,6 @@ def _last_line(report: Any) -> str:
 
 def run_tests(slot: Slot, tests: Sequence[str], first_only: bool) -> dict[str, Any]:
     """In this process, which must be a child made for it: what pytest found, with the slot's packages imported."""
-    import hypothesis
-    import pytest
-
     sys.path[:0] = slot.path
     os.environ["PYTHONPATH"] = os.pathsep.join(slot.path)  # for programs that tests start
     # No examples kept from mutants, none shrunk, and the same ones each time, so that the same test catches.
@@ -107,7 +107,8 @@ def run_tests(slot: Slot, tests: Sequence[str], first_only: bool) -> dict[str, A
     hypothesis.settings.register_profile("mutation", database=None, deadline=None, derandomize=True, phases=phases)
     hypothesis.settings.load_profile("mutation")
     watch = _Watch()
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--basetemp={slot.folder / 'tmp'}"]
+    options = ["-q", "--tb=short", f"--rootdir={ROOT}", f"--basetemp={slot.folder / 'tmp'}", "-p", "no:cacheprovider"]
+    options += ["-p", "no:unraisableexception"]  # it collects garbage twice, which takes longer than most tests here
     before = set(sys.modules)
     code = pytest.main([*options, *(["-x"] if first_only else []), *tests], plugins=[watch])
     return {
@@ -152,13 +153,17 @@ class Harness:
         if found is None:
             return "the unmutated tests did not come to an end"
         if found["broken"] or found["failed"] or found["code"] != 0:
-            return found["broken"] or f"{found['failed']}: {found['error']}" or f"pytest ended with {found['code']}"
+            if not found["failed"]:
+                return found["broken"] or f"pytest ended with {found['code']}"
+            return f"{found['failed']}: {found['error']}"
         self._seconds = found["seconds"]
         ours = ("rlhf", "rlhf_plugins", "conftest", "test_", "tests")
         for name in found["modules"]:
             if not name.startswith(ours) and name.split(".")[0] not in sys.builtin_module_names:
                 with contextlib.suppress(Exception):  # a module of a test's own, or one that takes another's place
                     importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # what is there now is in every child, and is no child's garbage
         return ""
 
     def run(self, mutants: Sequence[Mutant], done: Callable[[Outcome], None]) -> None:
