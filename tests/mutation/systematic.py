@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatch
 
 import attrs
 from equivalent import EQUIVALENT
@@ -51,7 +50,9 @@ _NAMES = {
     "relu": "abs", "sqrt": "exp", "rsqrt": "exp", "cos": "sin", "ceil": "floor", "log_softmax": "softmax",
     "cumsum": "cumprod", "logsumexp": "amax", "heappop": "nlargest", "tril": "triu", "sorted": "list",
 }  # fmt: skip
-"""Names that are called -> what a tired programmer might call instead."""
+"""Methods and functions of modules that are called -> what a tired programmer might call instead."""
+_BUILTINS = ("min", "max", "any", "all", "sorted")
+"""Those that are called by their bare name too."""
 
 
 @attrs.frozen
@@ -61,6 +62,8 @@ class Edit:
     start: int
     end: int
     new: str
+    within: str
+    """The function or class."""
 
 
 def edits(source: str) -> list[Edit]:
@@ -84,7 +87,8 @@ def mutants(modules: Iterable[str] | None = None) -> Iterator[Mutant]:
             line = source.count("\n", 0, edit.start) + 1
             code = source.splitlines()[line - 1].strip()
             change = f"{_short(source[edit.start : edit.end])} -> {_short(edit.new)}"
-            accepted = [e for e in EQUIVALENT if e.file == file and e.change == change and fnmatch(code, e.line)]
+            here = (file, edit.within, change)
+            accepted = [e for e in EQUIVALENT if (e.file, e.within, e.change) == here and e.line in code]
             for entry in accepted:
                 unused[entry] += 1
             if accepted:
@@ -96,7 +100,9 @@ def mutants(modules: Iterable[str] | None = None) -> Iterator[Mutant]:
             ast.parse(mutated)  # a rule that makes no Python is a mistake here
             yield Mutant(name, file, mutated, code, tests, named=False)
     if modules is None and (rotten := [entry for entry, count in unused.items() if not count]):
-        raise TableError("\n".join(f"no such edit is made any more: {e.file}: {e.line}: {e.change}" for e in rotten))
+        raise TableError(
+            "\n".join(f"no such edit is made any more: {e.file}, {e.within}: {e.line}: {e.change}" for e in rotten)
+        )
 
 
 def _short(text: str) -> str:
@@ -112,6 +118,7 @@ class _Finder(ast.NodeVisitor):
             starts.append(starts[-1] + len(line))
         self._starts = starts
         self._lines = source.splitlines()
+        self._within: list[str] = []
         self.found: list[Edit] = []
         self.visit(ast.parse(source))
 
@@ -124,7 +131,7 @@ class _Finder(ast.NodeVisitor):
         return self.at(node.lineno, node.col_offset), self.at(node.end_lineno, node.end_col_offset)
 
     def put(self, start: int, end: int, new: str) -> None:
-        self.found.append(Edit(start, end, new))
+        self.found.append(Edit(start, end, new, ".".join(self._within)))
 
     def between(self, left: ast.AST, right: ast.AST, text: str, new: Iterable[str]) -> None:
         """Replace an operator that stands between two expressions."""
@@ -149,14 +156,18 @@ class _Finder(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._within.append(node.name)
         for default in [*node.args.defaults, *[d for d in node.args.kw_defaults if d is not None]]:
             self.visit(default)
         for statement in node.body:
             self.visit(statement)
+        self._within.pop()
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._within.append(node.name)
         for statement in node.body:
             self.visit(statement)
+        self._within.pop()
 
     # Rules
 
@@ -177,6 +188,9 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant) and type(node.operand.value) is int:
+            self.put(*self.span(node), str(1 - node.operand.value))  # -1 -> 0: of two dimensions, 1 is the last one too
+            return
         if isinstance(node.op, ast.USub | ast.Not):
             start, end = self.span(node)[0], self.span(node.operand)[0]
             text = self.source[start:end]
@@ -213,7 +227,7 @@ class _Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         function = node.func
         name = getattr(function, "id", "") or getattr(function, "attr", "")  # of `f(...)` or `x.f(...)`
-        if name in _NAMES:
+        if name in _NAMES and (isinstance(function, ast.Attribute) or name in _BUILTINS):
             end = self.span(function)[1]
             self.put(end - len(name), end, _NAMES[name])
         if name == "where" and len(node.args) == 3:  # the two branches swapped
