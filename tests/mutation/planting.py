@@ -129,6 +129,8 @@ class _Child:
     started: float
     limit: float
     answer: Path
+    seen: float
+    waited: float = 0.0
     status: int = 0
 
 
@@ -219,14 +221,18 @@ class Harness:
                 partial.rename(answer)
             finally:
                 os._exit(0)
-        return _Child(mutant, slot, pid, time.monotonic(), limit, answer)
+        now = time.monotonic()
+        return _Child(mutant, slot, pid, now, limit, answer, now)
 
     def _ended(self, child: _Child) -> bool:
         pid, child.status = os.waitpid(child.pid, os.WNOHANG)
         if pid:
             _kill(child.pid)  # what it may have started
             return True
-        if time.monotonic() - child.started > 6 * child.limit:  # asleep: it uses no processor
+        now = time.monotonic()
+        child.waited += min(now - child.seen, 1.0)  # while this process itself is stopped, nobody waits
+        child.seen = now
+        if child.waited > 6 * child.limit:  # asleep: it uses no processor
             _kill(child.pid)
             _, child.status = os.waitpid(child.pid, 0)
             return True
