@@ -285,6 +285,22 @@ def test_held_out_prompts_are_sampled_at_the_temperature_of_evaluation(tmp_path:
     assert temperatures == [asked, None, asked]  # None: the engine's own, which training samples at
 
 
+def test_every_evaluation_draws_the_same(tmp_path: Path) -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    def change(parts: Parts) -> None:
+        def judge(rollouts: Rollouts) -> list[float]:
+            drawn.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+            return [1.0] * len(rollouts)
+
+        assert parts.sampler is not None
+        parts.sampler.sources = [Source("draws", 1.0, Says(judge))]
+
+    Run(tmp_path, plan_of(algo={"name": "ppo", "epochs": 1}, max_steps=2, eval_rows=4, eval_every=1), change).go()
+    before, _, first, _, second = drawn  # steps lie between
+    assert before == first == second
+
+
 def test_better_is_higher_for_a_reward_and_lower_for_a_loss() -> None:
     def best(objective: tuple[str, str], *values: float) -> list[bool]:
         parts = type("P", (), {})()

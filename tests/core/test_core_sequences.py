@@ -64,6 +64,9 @@ def test_select_keeps_each_row_whole_and_drops_unused_prompts() -> None:
     assert part.lengths.tolist() == [3, 2]
     assert [prompt.tolist() for prompt in part.prompts] == [[10]]
     assert part.prompt_of.tolist() == [0, 0]
+    crossed = three().select(ids(1, 0))
+    assert [crossed.prompt(i).tolist() for i in (0, 1)] == [[20, 21], [10]]
+    assert crossed.group.tolist() == [1, 0]
     assert len(three().select(ids())) == 0
 
 

@@ -214,8 +214,9 @@ PPO = (
     ("PPO: the value's clip range for the ratio", "one option for another",
      "config.clip_range, config.clip_range, batch.mask",
      "config.clip_range, config.value_clip_range or 0.0, batch.mask"),
-    ("PPO: clipped scores replace the penalty", "the penalty is clipped too",
-     "scores = clip_scores(scores, config.reward_clip)", "scores = clip_scores(scores, config.reward_clip / 2)"),
+    ("PPO: the penalty is clipped too", "clipping comes first",
+     "scores = eos_penalty(scores, rollouts.ended, mode, value)",
+     "scores = clip_scores(eos_penalty(scores, rollouts.ended, mode, value), config.reward_clip)"),
 )  # fmt: skip
 
 DPO = (

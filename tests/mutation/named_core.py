@@ -201,7 +201,7 @@ HELDOUT = (
      "totals = Totals(sequences.token_count, len(sequences), sequences.group_count)", "totals = Totals(1, 1, 1)",
      (f"{EVALUATION}[dpo]",)),
     ("held out: not seeded", "each evaluation is of other samples", 'reseed(derive(run.seed, "heldout"))', "pass",
-     (EVALUATION,)),
+     (f"{LOOP}::test_every_evaluation_draws_the_same",)),
 )  # fmt: skip
 
 TABLES = (

@@ -116,10 +116,6 @@ SAMPLING = (
     ("sampling: top-k one more", "off by one", "ordered[:, top_k:]", "ordered[:, top_k + 1 :]"),
     ("sampling: top-p without the one that reaches it", "less than top_p is kept",
      "before >= top_p", "(before + ordered.softmax(-1)) >= top_p"),
-    ("sampling: truncated log-probs of the whole distribution", "they don't add up to 1",
-     "logits = _truncated(logits, top_k, top_p)\n    logp = torch.log_softmax(logits, dim=-1)",
-     "kept = _truncated(logits, top_k, top_p)\n        logits = torch.where(kept.isfinite(), logits, -1e30)\n"
-     "    logp = torch.log_softmax(logits, dim=-1) + 0.01 * (top_k > 0)"),
 )  # fmt: skip
 
 SLOTS = (

@@ -29,6 +29,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     f"{P}/policies/layout.py": (f"{T}/policies/test_policies_layout.py",),
     f"{P}/engines/sampling.py": (f"{T}/engines/test_engines_sampling.py",),
     f"{P}/optimizers/adamw.py": (f"{T}/test_optimizers.py",),
+    "core/rlhf/sequences.py": ("tests/core/test_core_sequences.py",),
+    "core/rlhf/data.py": ("tests/core/test_core_data.py",),
 }
 """Module -> the tests that must notice any error in it."""
 

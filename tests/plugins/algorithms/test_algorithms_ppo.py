@@ -170,6 +170,17 @@ def test_loss_and_its_gradient_by_hand(context: Context, rollouts: Make, batch: 
     }, rel=1e-6)  # fmt: skip
 
 
+def test_each_range_clips_its_own(context: Context, rollouts: Make, batch: Make, hand: Make) -> None:
+    """rho = (1.49, .951, .607, 1, 1.22) within .1 of 1, and V = (.9, .65, .1, ...) within .3 of (.5, .6, .7, ...)."""
+    algorithm = ppo(context, clip_range=0.1, value_clip_range=0.3)
+    given = minibatch(algorithm, rollouts, batch)
+    algorithm.loss(given, hand(policy={"logp": double(NEW)}, value={"values": double(NEW_VALUES)}))
+    policy = [-1.1, math.exp(-0.05), 2 * 0.9, -0.5, -1.1]
+    value = [0.5 * 0.2**2, 0.5 * 0.45**2, 0.5 * 0.5**2, 0.5 * 0.5**2, 0.0]  # .9 counts as .8; .1 is worse than .4
+    assert float(given.logged["policy/loss"]) == pytest.approx(sum(policy) / 5, rel=1e-6)  # logged in float32
+    assert float(given.logged["value/loss"]) == pytest.approx(sum(value) / 5, rel=1e-6)
+
+
 def test_values_are_free_where_no_range_is_set(context: Context, rollouts: Make, batch: Make, hand: Make) -> None:
     algorithm = ppo(context, value_clip_range=None, value_coef=1.0)
     given = minibatch(algorithm, rollouts, batch)
