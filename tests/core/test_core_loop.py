@@ -183,6 +183,7 @@ def test_an_early_stop_leaves_the_batchs_rest_out(tmp_path: Path) -> None:
     run.go()
     # One minibatch may still see a KL of 0, up to rounding: the policy that sampled. The next one can't.
     assert [line["optim/updates"] for line in run.metrics()] in ([1, 1], [2, 2], [1, 2], [2, 1])
+    assert [line["optim/learning_rate"] for line in run.metrics()] == pytest.approx([1e-3, 1e-3], rel=1e-12)
 
 
 def test_critic_warm_up_moves_the_value_model_alone(tmp_path: Path) -> None:
@@ -211,6 +212,25 @@ def test_the_schedule_begins_with_the_first_step_and_ends_with_the_last(tmp_path
     run.go()
     rates = [line["optim/learning_rate"] for line in run.metrics()]
     assert rates == pytest.approx([1e-4, 0.75e-4, 0.5e-4, 0.25e-4], rel=1e-12)
+
+
+def test_metrics_are_means_over_a_steps_updates(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def change(parts: Parts) -> None:
+        done = parts.algorithm.minibatch_done
+
+        def noting(metrics: Mapping[str, float]) -> bool:
+            seen.append(metrics["loss"])
+            return done(metrics)
+
+        parts.algorithm.minibatch_done = noting  # type: ignore[method-assign]
+
+    run = Run(tmp_path, plan_of(algo={"name": "ppo", "epochs": 2, "minibatches": 2}, max_steps=1), change)
+    run.go()
+    (line,) = run.metrics()
+    assert line["optim/updates"] == len(seen) == 4 and len(set(seen)) > 1
+    assert line["loss"] == pytest.approx(sum(seen) / 4, rel=1e-12)
 
 
 def test_each_step_draws_anew_and_by_its_number_alone(tmp_path: Path) -> None:

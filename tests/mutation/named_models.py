@@ -239,7 +239,7 @@ TABLES = (
     (f"{P}/policies/hf.py", (SCORES,), POLICY),
     (f"{P}/policies/codec.py", (f"{T}/policies/test_policies_codec.py",), CODEC),
     (f"{P}/engines/sampling.py", (f"{T}/engines/test_engines_sampling.py",), SAMPLING),
-    (f"{P}/engines/slots.py", (ENGINE,), SLOTS),
+    (f"{P}/engines/slots.py", (f"{T}/engines/test_engines_slots.py", ENGINE), SLOTS),
     (f"{P}/engines/hf.py", (ENGINE,), HF_ENGINE),
     (f"{P}/optimizers/adamw.py", (f"{T}/test_optimizers.py",), ADAMW),
     (f"{P}/backends/single.py", (f"{T}/test_backends.py",), SINGLE),

@@ -28,6 +28,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     f"{P}/policies/heads.py": (f"{T}/policies/test_policies_heads.py",),
     f"{P}/policies/layout.py": (f"{T}/policies/test_policies_layout.py",),
     f"{P}/engines/sampling.py": (f"{T}/engines/test_engines_sampling.py",),
+    f"{P}/engines/slots.py": (f"{T}/engines/test_engines_slots.py",),
     f"{P}/optimizers/adamw.py": (f"{T}/test_optimizers.py",),
     "core/rlhf/sequences.py": ("tests/core/test_core_sequences.py",),
     "core/rlhf/data.py": ("tests/core/test_core_data.py",),
