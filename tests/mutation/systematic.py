@@ -31,7 +31,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     f"{P}/engines/slots.py": (f"{T}/engines/test_engines_slots.py",),
     f"{P}/optimizers/adamw.py": (f"{T}/test_optimizers.py",),
     "core/rlhf/sequences.py": ("tests/core/test_core_sequences.py",),
-    "core/rlhf/data.py": ("tests/core/test_core_data.py",),
 }
 """Module -> the tests that must notice any error in it."""
 

@@ -75,7 +75,7 @@ def test_greedy_rows_ignore_their_uniform() -> None:
     logits: Tensor = P.log().repeat(2, 1)
     uniform = torch.tensor([0.99, 0.99], dtype=torch.float64)
     tokens, logp = draw(logits, uniform, torch.tensor([True, False]), temperature=1.0)
-    assert tokens.tolist() == [0, 3]
+    assert tokens.tolist() == [0, 3] and logp.shape == (2,)
     assert math.isclose(float(logp[0]), math.log(0.5), abs_tol=1e-6)
 
 

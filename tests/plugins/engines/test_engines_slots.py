@@ -38,6 +38,7 @@ def test_each_enters_the_next_slot_and_ends_at_the_common_column() -> None:
     rows = [[1, 2, 3, 4, 0, 0], [0, 0, 5, 6, 0, 0], [0, 7, 8, 9, 0, 0]]
     assert cache.rows == 3 and held(cache) == rows
     assert held(cache, layer=1) == [[10 * x for x in row] for row in rows]
+    assert not any(cache.is_sliding) and cache.layers[0].get_max_length() == -1  # no window, no end
     assert len(cache.layers) == 2 and cache.layers[0].keys.shape == (3, 1, 6, 1)
 
 
@@ -50,6 +51,8 @@ def test_a_step_is_written_behind_the_end_and_seen_from_the_start() -> None:
     assert seen[:, 0, :, 0].tolist() == [[2, 3, 4, 11], [0, 5, 6, 12], [7, 8, 9, 13]]
     assert torch.equal(values, -seen)
     assert held(cache) == [[1, 2, 3, 4, 11, 0], [0, 0, 5, 6, 12, 0], [0, 7, 8, 9, 13, 0]]
+    two = torch.tensor([[21.0, 31.0], [22.0, 32.0], [23.0, 33.0]])[:, None, :, None]
+    assert cache.update(two, -two, 0)[0][1, 0, :, 0].tolist() == [0, 5, 6, 22, 32]
     assert cache.end == 4  # the engine moves it on once every layer has been written
 
 
