@@ -54,6 +54,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def mutation(session: nox.Session) -> None:
+    """Errors planted one by one, by name and by rule: the tests catch each. `-- --named` for a part, `-- --help`."""
+    session.install(*INSTALL)
+    session.run("python", "tests/mutation/run.py", *session.posargs)
+
+
+@nox.session
 def third_party(session: nox.Session) -> None:
     """Strangers' packages, really installed: good ones run by name, broken ones are reported and harm nobody."""
     session.install(*INSTALL)

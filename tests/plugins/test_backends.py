@@ -78,6 +78,7 @@ def test_gradients_are_scaled_down_to_the_norm_over_all_roles() -> None:
     expected = [1 - 0.05 * 1.5, 1 - 0.05 * 2.0, 2 - 0.025 * 6.0]
     assert numbers(container) == pytest.approx(expected, abs=1e-6)
     assert all(parameter.grad is None for parameter in container.parameters())
+    assert backend.update(factor=0.5).learning_rate == 0.25  # of the peak, not of the step before
 
 
 @pytest.mark.parametrize("max_norm", [None, 100.0])
