@@ -33,9 +33,31 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """What takes minutes: the tutorial carried out as it is written."""
+    """What takes minutes: the tutorial, the how-tos and every documented run, carried out."""
     session.install(*INSTALL)
     session.run("pytest", "-m", "matrix", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("trl", ["1.16.0", "1.12.0"])
+def exactness(session: nox.Session, trl: str) -> None:
+    """The same runs by TRL, installed beside: its last release, and the last that had PPO. docs/exactness.md."""
+    session.install("-c", "constraints.txt", ".[dev]", f"trl=={trl}")
+    session.run("pytest", "-m", "peer", "tests/exactness", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, written to site/: a broken link, a page that no menu holds, or any other warning fails it."""
+    session.install(*nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"])
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-E", "-b", "html", "docs", "site")
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Errors planted one by one, by name and by rule: the tests catch each. `-- --named` for a part, `-- --help`."""
+    session.install(*INSTALL)
+    session.run("python", "tests/mutation/run.py", *session.posargs)
 
 
 @nox.session
@@ -46,3 +68,10 @@ def third_party(session: nox.Session) -> None:
     for name in ("rlhf-scored", "rlhf-tempered", "broken/rlhf-broken", "broken/rlhf-squatter", "broken/rlhf-heavy"):
         session.install("--no-deps", f"{packages}/{name}")
     session.run("pytest", packages, env={"RLHF_THIRD_PARTY": "installed"})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Seconds a step, memory and floor ratio against TRL, in turn; half an hour in which nothing else should run."""
+    session.install(*INSTALL, "gguf")
+    session.run("python", "tests/bench/run.py", *session.posargs)

@@ -44,6 +44,7 @@ class Role:
 
 
 POLICY = Role("policy", trainable=True)
+"""The role that an algorithm has where its entry names none."""
 
 Roles = tuple[Role, ...] | Callable[[Any], tuple[Role, ...]]
 Constraint = Callable[["Plan", "Component"], Iterable["Problem"]]

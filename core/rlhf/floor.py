@@ -155,7 +155,7 @@ def _attention(shape: ModelShape, sequences: Sequences) -> float:
     return sum(4.0 * layer.width * pair_count(sequences, layer.window) for layer in shape.attention)
 
 
-ShapeOf = Callable[[str], tuple[str, ModelShape | None, bool, bool]]
+ShapeOf = Callable[[str], "tuple[str, ModelShape | None, bool, bool]"]
 """Role -> (its module, the module's shape, whether it reads the vocabulary head, whether adapters are on)."""
 
 

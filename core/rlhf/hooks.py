@@ -28,6 +28,7 @@ GROUP = "rlhf"
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
+"""Decorates a plugin's hook, such as `rlhf_algorithms`."""
 
 
 class Hooks:

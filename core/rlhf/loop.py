@@ -81,7 +81,7 @@ class Loop:
         })  # fmt: skip
         try:
             with self._signals():
-                self._sync()
+                self._sync(self.step)
                 if resumed is None:
                     self.heldout_before = self._evaluate()
                     if self.heldout_before:
@@ -118,7 +118,7 @@ class Loop:
         with clock("update"):
             learnt = self._learn(experience)
         with clock("sync"):
-            self._sync()
+            self._sync(self.step + 1)
         self.step += 1
         metrics = {**parts.context.metrics.drain(parts.backend.world), **learnt}
         parts.algorithm.step_done(metrics)
@@ -268,9 +268,10 @@ class Loop:
         metrics["optim/skipped"] = float(result.skipped)
         return metrics
 
-    def _sync(self) -> None:
+    def _sync(self, version: int) -> None:
+        """Give the engine the policy's weights; their version is how many steps made them."""
         if self.parts.sampler is not None:
-            self.parts.sampler.engine.sync(weight_stream(self.parts.models, "policy"), self.step)
+            self.parts.sampler.engine.sync(weight_stream(self.parts.models, "policy"), version)
 
     # Held-out data
 

@@ -31,6 +31,8 @@ class OptionInfo:
     unit: str = ""
     source: str = ""
     choices: tuple[str, ...] = ()
+    bounds: str = ""
+    """Of a number: ">= 0, < 1"."""
 
     def text(self) -> str:
         parts = [self.help + (f": {' | '.join(self.choices)}" if self.choices else "")]
@@ -64,17 +66,14 @@ def option(
         choices: the legal words; of a list, for each of its items.
     """
     choices = tuple(choices)
+    given = ((ge, operator.ge, ">="), (gt, operator.gt, ">"), (le, operator.le, "<="), (lt, operator.lt, "<"))
+    bounds = [(bound, holds, sign) for bound, holds, sign in given if bound is not None]
 
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value is None:
             return
-        for bound, holds, sign in (
-            (ge, operator.ge, ">="),
-            (gt, operator.gt, ">"),
-            (le, operator.le, "<="),
-            (lt, operator.lt, "<"),
-        ):
-            if bound is not None and not holds(value, bound):
+        for bound, holds, sign in bounds:
+            if not holds(value, bound):
                 raise ValueError(f"must be {sign} {bound:g}, not {value!r}")
         for word in value if isinstance(value, tuple) else (value,):
             if choices and word not in choices:
@@ -82,9 +81,8 @@ def option(
                 hint = f"; did you mean {near!r}?" if near else ""
                 raise ValueError(f"must be one of {', '.join(choices)}, not {word!r}{hint}")
 
-    return attrs.field(
-        default=default, validator=check, metadata={_KEY: OptionInfo(help, unit, source, choices)}, kw_only=True
-    )
+    about = OptionInfo(help, unit, source, choices, ", ".join(f"{sign} {bound:g}" for bound, _, sign in bounds))
+    return attrs.field(default=default, validator=check, metadata={_KEY: about}, kw_only=True)
 
 
 def info(field: attrs.Attribute[Any]) -> OptionInfo:

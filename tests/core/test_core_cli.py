@@ -226,6 +226,7 @@ def test_show_an_ill_made_component(
         ("run", "--algo", "ppo", "--help"),
         ("plan", "--algo", "ppo", "--mem", "lora"),
         ("run", "--algo", "ppo", "--dry-run"),
+        *((command, "--help") for command in ("pipeline", "eval", "report")),
     ],
     ids=" ".join,
 )

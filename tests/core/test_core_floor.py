@@ -80,6 +80,17 @@ def test_decoding_in_a_window_reads_what_is_in_it() -> None:
     assert floor.decoding(shape, Sequences.of([ids(3)], [ids(3)])).bytes == 2600 * 3 + (6 + 6) * 4 * 2
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_keys_are_as_wide_as_their_dtype(dtype: str, size: int) -> None:
+    shape = attrs.evolve(FULL, dtype=dtype)
+    assert floor.decoding(shape, Sequences.of([ids(3)], [ids(1)])).bytes == 2600 + (3 + 1) * 4 * size
+
+
+def test_what_samples_nothing_reads_nothing() -> None:
+    assert floor.decoding(FULL, Sequences.of([], [])).bytes == 0
+    assert floor.decoding(FULL, Sequences.of([ids(3)], [ids(0)])).bytes == 0
+
+
 def test_a_pass_takes_what_its_slower_side_takes() -> None:
     peaks = Peaks({"bfloat16": 100.0, "float32": 10.0}, bandwidth=20.0)
     assert Work(1000.0, 100.0, "bfloat16").seconds(peaks) == 10.0
@@ -140,6 +151,27 @@ def test_roles_on_one_module_share_its_pass(ledger: Ledger, shared: Sequences) -
     assert seconds(ledger) == floor.training(FULL, shared, lm=True).flops
 
 
+def test_two_scalars_on_one_trunk_read_no_vocabulary(ledger: Ledger, shared: Sequences) -> None:
+    ledger.learnt(shared, ["critic", "critic"], at_once=False)
+    assert seconds(ledger) == floor.training(FULL, shared, lm=False).flops
+
+
+def test_a_module_of_one_trained_weight_is_trained(shared: Sequences) -> None:
+    one = attrs.evolve(ADAPTED, trunk_trained=1)
+    ledger = Ledger(lambda role: (role, one, True, True))
+    ledger.scored(shared, ["policy"])
+    ledger.learnt(shared, ["policy"], at_once=True)  # so its first pass is not required
+    assert seconds(ledger) == floor.training(one, shared, lm=True).flops
+
+
+def test_ratio_and_share_go_by_the_peak(ledger: Ledger, shared: Sequences) -> None:
+    ledger.learnt(shared, ["policy"], at_once=False)
+    flops = floor.training(FULL, shared, lm=True).flops
+    found = ledger.metrics(Peaks({"bfloat16": 4.0 * flops}, bandwidth=1e12), 0.5)
+    assert found == {"perf/floor_seconds": 0.25, "perf/floor_ratio": 2.0, "perf/mfu": 0.5}
+    assert ledger.metrics(PEAKS, 0.0) == {}
+
+
 def test_a_reference_behind_adapters_is_a_pass_of_its_own(ledger: Ledger, shared: Sequences) -> None:
     ledger.scored(shared, ["base"])
     ledger.learnt(shared, ["adapted"], at_once=True)  # it doesn't give what the base gives
@@ -177,6 +209,8 @@ def test_the_higher_of_two_measurements_is_the_peak() -> None:
     one = Peaks({"float32": 5.0, "bfloat16": 2.0}, bandwidth=1.0)
     two = Peaks({"float32": 4.0}, bandwidth=3.0)
     assert one.best(two) == two.best(one) == Peaks({"float32": 5.0, "bfloat16": 2.0}, bandwidth=3.0)
+    slow = Peaks({"float32": 0.5}, bandwidth=0.5)
+    assert slow.best(Peaks({}, 0.0)) == slow
 
 
 # In a run

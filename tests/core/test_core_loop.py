@@ -6,11 +6,13 @@ import gc
 import json
 import math
 import os
+import random
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +141,31 @@ def test_the_reference_is_run_once_a_row_however_many_passes(tmp_path: Path) -> 
     assert run.metrics()[-1]["loss"] < first["loss"] - 1e-4
 
 
+def test_a_resumed_run_keeps_the_references_log_probs(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Add {i} and 1.", "chosen": f" {i + 1}", "rejected": " 5"} for i in range(10, 14)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = plan_of(algo="dpo", data=str(tmp_path / "pairs.jsonl"), max_steps=2, batch_size=4, save_every=1)
+
+    def broken(parts: Parts) -> None:
+        loss = parts.algorithm.loss
+        nan = lambda batch, score: loss(batch, score) * (math.nan if parts.algorithm.step else 1.0)  # noqa: E731
+        parts.algorithm.loss = nan  # type: ignore[method-assign]
+
+    with pytest.raises(RunError, match="the loss is nan in step 2"):
+        Run(tmp_path / "run", plan, broken).go()
+    scored: list[str] = []
+
+    def counting(parts: Parts) -> None:
+        forward = parts.models.forward
+        parts.models = _Counting(  # type: ignore[assignment]
+            parts.models, lambda requests: (scored.extend(request.role for request in requests), forward(requests))[1]
+        )
+        parts.score._models = parts.models
+
+    Run(tmp_path / "run", plan, counting).go(resume=True)
+    assert set(scored) == {"policy"}  # the four rows' reference was run before the checkpoint
+
+
 class _Counting:
     def __init__(self, models: Any, forward: Any) -> None:
         self._models, self.forward = models, forward
@@ -156,6 +183,7 @@ def test_an_early_stop_leaves_the_batchs_rest_out(tmp_path: Path) -> None:
     run.go()
     # One minibatch may still see a KL of 0, up to rounding: the policy that sampled. The next one can't.
     assert [line["optim/updates"] for line in run.metrics()] in ([1, 1], [2, 2], [1, 2], [2, 1])
+    assert [line["optim/learning_rate"] for line in run.metrics()] == pytest.approx([1e-3, 1e-3], rel=1e-12)
 
 
 def test_critic_warm_up_moves_the_value_model_alone(tmp_path: Path) -> None:
@@ -173,6 +201,137 @@ def test_critic_warm_up_moves_the_value_model_alone(tmp_path: Path) -> None:
     run.parts.algorithm.step_done = after  # type: ignore[method-assign]
     run.go()
     assert seen == [{"value"}, {"value"}, {"policy", "value"}]
+
+
+# What happens when, and with which numbers
+
+
+def test_the_schedule_begins_with_the_first_step_and_ends_with_the_last(tmp_path: Path) -> None:
+    optim = {"name": "adamw", "schedule": "linear", "learning_rate": 1e-4}
+    run = Run(tmp_path, plan_of(algo="sft", max_steps=4, optim=optim))
+    run.go()
+    rates = [line["optim/learning_rate"] for line in run.metrics()]
+    assert rates == pytest.approx([1e-4, 0.75e-4, 0.5e-4, 0.25e-4], rel=1e-12)
+
+
+def test_metrics_are_means_over_a_steps_updates(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def change(parts: Parts) -> None:
+        done = parts.algorithm.minibatch_done
+
+        def noting(metrics: Mapping[str, float]) -> bool:
+            seen.append(metrics["loss"])
+            return done(metrics)
+
+        parts.algorithm.minibatch_done = noting  # type: ignore[method-assign]
+
+    run = Run(tmp_path, plan_of(algo={"name": "ppo", "epochs": 2, "minibatches": 2}, max_steps=1), change)
+    run.go()
+    (line,) = run.metrics()
+    assert line["optim/updates"] == len(seen) == 4 and len(set(seen)) > 1
+    assert line["loss"] == pytest.approx(sum(seen) / 4, rel=1e-12)
+
+
+def test_each_step_draws_anew_and_by_its_number_alone(tmp_path: Path) -> None:
+    def drawn(name: str, more: int) -> list[tuple[float, float, float]]:
+        numbers: list[tuple[float, float, float]] = []
+
+        def change(parts: Parts) -> None:
+            loss = parts.algorithm.loss
+
+            def drawing(batch: Any, score: Any) -> Tensor:
+                numbers.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+                for _ in range(more):  # what a step draws is nothing to the next one
+                    torch.rand(()), random.random(), np.random.rand()
+                return loss(batch, score)
+
+            parts.algorithm.loss = drawing  # type: ignore[method-assign]
+
+        Run(tmp_path / name, plan_of(algo="sft", max_steps=3, micro_batch_tokens=1_000_000), change).go()
+        return numbers
+
+    numbers = drawn("few", 0)
+    assert all(len(set(of_one)) == 3 for of_one in zip(*numbers, strict=True))
+    assert drawn("many", 5) == numbers
+
+
+def test_the_engine_is_given_new_weights_after_each_step(tmp_path: Path) -> None:
+    given: list[tuple[int, dict[str, Tensor]]] = []
+    learnt: list[dict[str, Tensor]] = []
+
+    def change(parts: Parts) -> None:
+        assert parts.sampler is not None
+        engine = parts.sampler.engine
+
+        def sync(weights: Any, version: int) -> None:
+            given.append((version, {name: tensor.clone() for name, tensor in weights()}))
+
+        engine.sync = sync  # type: ignore[method-assign]
+        update = parts.backend.update
+
+        def updating(factor: float) -> Any:
+            found = update(factor)
+            learnt.append({name: tensor.clone() for name, tensor in parts.backend.weights("policy")})
+            return found
+
+        parts.backend.update = updating  # type: ignore[method-assign]
+
+    run = Run(tmp_path, plan_of(algo={"name": "ppo", "epochs": 1, "minibatches": 1}, max_steps=3), change)
+    run.go()
+    assert [version for version, _ in given] == [0, 1, 2, 3]  # how many steps made these weights, as after a resume
+    for (_, weights), after in zip(given[1:], learnt, strict=True):
+        assert weights.keys() == after.keys()
+        assert all(torch.equal(weights[name], after[name]) for name in after)
+    assert any(not torch.equal(given[0][1][name], given[1][1][name]) for name in learnt[0])
+
+
+@pytest.mark.parametrize("asked", [None, 0.0, 0.3])
+def test_held_out_prompts_are_sampled_at_the_temperature_of_evaluation(tmp_path: Path, asked: float | None) -> None:
+    temperatures: list[float | None] = []
+
+    def change(parts: Parts) -> None:
+        assert parts.sampler is not None
+        generate = parts.sampler.engine.generate
+
+        def noting(requests: Any, temperature: float | None = None) -> Any:
+            temperatures.append(temperature)
+            return generate(requests, temperature)
+
+        parts.sampler.engine.generate = noting  # type: ignore[method-assign]
+
+    algo = {"name": "ppo", "epochs": 1}
+    Run(tmp_path, plan_of(algo=algo, max_steps=1, eval_rows=4, eval_temperature=asked), change).go()
+    assert temperatures == [asked, None, asked]  # None: the engine's own, which training samples at
+
+
+def test_every_evaluation_draws_the_same(tmp_path: Path) -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    def change(parts: Parts) -> None:
+        def judge(rollouts: Rollouts) -> list[float]:
+            drawn.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+            return [1.0] * len(rollouts)
+
+        assert parts.sampler is not None
+        parts.sampler.sources = [Source("draws", 1.0, Says(judge))]
+
+    Run(tmp_path, plan_of(algo={"name": "ppo", "epochs": 1}, max_steps=2, eval_rows=4, eval_every=1), change).go()
+    before, _, first, _, second = drawn  # steps lie between
+    assert before == first == second
+
+
+def test_better_is_higher_for_a_reward_and_lower_for_a_loss() -> None:
+    def best(objective: tuple[str, str], *values: float) -> list[bool]:
+        parts = type("P", (), {})()
+        parts.plan = type("Plan", (), {"objective": objective, "run": type("R", (), {"micro_batch_tokens": 1})()})()
+        parts.feed, parts.models, parts.trackers = type("F", (), {"steps": 1})(), None, []
+        loop = Loop(cast(Any, parts), cast(Any, None), lambda text: None)
+        loop.heldout_before = {objective[0]: values[0]}
+        return [loop._is_best({objective[0]: value}) for value in values[1:]]
+
+    assert best(("reward/mean", "max"), 0.5, 0.4, 0.6, 0.6, 0.7) == [False, True, False, True]
+    assert best(("loss", "min"), 0.5, 0.6, 0.4, 0.4, 0.3) == [False, True, False, True]
 
 
 # Failures

@@ -20,6 +20,7 @@ from rlhf.plan import Plan
 from rlhf.recipe import from_mapping
 from rlhf.registry import loaded
 from rlhf.sequences import Batch, Experience, Rollouts, ScoreRequest, Sequences, Totals, token_mean
+from rlhf_plugins.policies.hf import HFPolicy
 
 
 def parts_of(**recipe: Any) -> Parts:
@@ -80,6 +81,19 @@ def test_only_trained_roles_have_gradients(dpo_lora: Parts, separate: Parts) -> 
     trained = {name for name, p in dpo_lora.models.trained.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     assert not any(p.requires_grad for p in separate.models.frozen.parameters())
+
+
+def test_what_is_frozen_has_no_gradient_even_where_a_policy_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = HFPolicy.load
+    monkeypatch.setattr(HFPolicy, "load", lambda self, spec: load(self, spec).requires_grad_(True))
+    models = parts_of(algo="ppo").models
+    assert list(models.frozen.bodies) == ["reference"]
+    assert not any(p.requires_grad for p in models.frozen.parameters())
+
+
+def test_each_role_starts_from_a_seed_of_its_own(separate: Parts) -> None:
+    seeds = {name: spec.seed for name, spec in separate.models.specs.items()}
+    assert list(seeds) == ["policy", "reference", "value"] and len(set(seeds.values())) == 3
 
 
 def test_scores_come_in_the_order_asked_for(separate: Parts) -> None:

@@ -198,6 +198,9 @@ def test_each_request_has_a_seed_of_its_own_that_depends_on_purpose_and_place() 
     assert seeds == [request.seed for request in seeded(requests, 0, "step-1")]
     for seed, purpose in ((1, "step-1"), (0, "step-2")):
         assert not set(seeds) & {request.seed for request in seeded(requests, seed, purpose)}
+    same = prompt(3)
+    first, second = seeded([Sample(same), Sample(same)], 0, "step-1")
+    assert first.seed != second.seed  # or both would be the same response
     assert seeded([Sample(prompt(0), seed=9)], 0, "x")[0].seed == 9  # an algorithm's own stays
 
 

@@ -12,7 +12,11 @@ from rlhf.models import cut
 from rlhf.sequences import (
     Batch,
     Experience,
+    Generation,
+    Prompt,
     Rollouts,
+    Sample,
+    ScoreRequest,
     Scores,
     Sequences,
     Totals,
@@ -64,7 +68,29 @@ def test_select_keeps_each_row_whole_and_drops_unused_prompts() -> None:
     assert part.lengths.tolist() == [3, 2]
     assert [prompt.tolist() for prompt in part.prompts] == [[10]]
     assert part.prompt_of.tolist() == [0, 0]
-    assert len(three().select(ids())) == 0
+    crossed = three().select(ids(1, 0))
+    assert [crossed.prompt(i).tolist() for i in (0, 1)] == [[20, 21], [10]]
+    assert crossed.group.tolist() == [1, 0]
+    nothing = three().select(ids())
+    assert len(nothing) == len(nothing.tokens) == len(nothing.mask) == 0
+
+
+def test_nothing_is_no_sequences() -> None:
+    nothing = Sequences.of([], [])
+    assert len(nothing) == len(nothing.tokens) == nothing.token_count == nothing.group_count == 0
+
+
+def test_what_nobody_said() -> None:
+    sample = Sample(Prompt(ids(1), None, 0))
+    assert (sample.count, sample.greedy, sample.seed, sample.tag) == (1, False, None, "")
+    generation = Generation(three(), None, ("stop",) * 3)
+    assert generation.version == 0
+    one = ("",) * 3
+    rollouts = Rollouts(three(), None, ("stop",) * 3, one, one, one, one, torch.zeros(3))
+    assert (rollouts.temperature, rollouts.version) == (1.0, 0)
+    assert Experience(three()).temperature == Experience(rollouts).temperature == 1.0
+    request = ScoreRequest("policy", three())
+    assert (request.temperature, request.entropy) == (1.0, False)
 
 
 def test_rollouts_are_selected_with_all_that_belongs_to_them() -> None:
@@ -100,7 +126,7 @@ def test_experience_spreads_and_selects_its_fields() -> None:
     assert part["a"].tolist() == [2, 3, 4, 5] and part["w"].tolist() == [2, 3]
     assert part.temperature == 0.5  # or a minibatch would be scored at another temperature than it was sampled at
     more = Experience(part, {"b": torch.zeros(4)})
-    assert "a" in more and "b" in more and more.temperature == 0.5
+    assert "a" in more and "b" in more and "w" in more and "c" not in more and more.temperature == 0.5
     assert Batch(part, Totals(1, 1, 1)).temperature == 0.5
 
 
@@ -111,6 +137,14 @@ def test_means_divide_by_the_totals_of_the_step_not_of_the_batch() -> None:
     assert float(sequence_mean(torch.tensor([1.0, 2.0, 3.0]), batch)) == pytest.approx(6 / 4)
     assert float(group_mean(torch.tensor([1.0, 2.0]), batch)) == pytest.approx(3 / 8)
     assert sequence_sum(x, batch).tolist() == [3, 4, 24]
+
+
+def test_a_step_of_one_is_divided_by_one_and_one_of_none_by_one_too() -> None:
+    for count, expected in ((1, 31.0), (0, 31.0)):  # none: there is nothing to divide, and no 0 / 0
+        batch = Batch(Experience(three()), Totals(count, count, count))
+        assert float(token_mean(torch.tensor([1.0, 2.0, 4.0, 8.0, 0.0, 16.0]), batch)) == expected
+        assert float(sequence_mean(torch.tensor([15.0, 16.0]), batch)) == expected
+        assert float(group_mean(torch.tensor([15.0, 16.0]), batch)) == expected
 
 
 def test_a_masked_token_can_neither_poison_a_mean_nor_its_gradient() -> None:
@@ -127,6 +161,8 @@ def test_logged_parts_are_added_up() -> None:
     batch.log("x", torch.tensor(1.5, requires_grad=True))
     batch.log("x", torch.tensor(2.0))
     assert float(batch.logged["x"]) == 3.5 and not batch.logged["x"].requires_grad
+    batch.log("y", torch.tensor(2.0, dtype=torch.float64))
+    assert batch.logged["y"].dtype == torch.float32
 
 
 def test_a_score_of_the_wrong_head_says_so() -> None:
@@ -183,3 +219,10 @@ def test_scores_of_parts_are_put_back_in_order(drawn: list[tuple[int, int, int]]
     ]
     joined = join_scores(parts, sequences)
     assert torch.equal(joined.logp, whole_tokens) and torch.equal(joined.score, whole_rows)
+
+
+def test_joined_scores_have_no_graph() -> None:
+    made = three()
+    logp, score = torch.ones(6, requires_grad=True), torch.ones(3, requires_grad=True)
+    joined = join_scores([(torch.arange(3), Scores("x", logp_=logp, score_=score))], made)
+    assert not joined.logp.requires_grad and not joined.score.requires_grad

@@ -1,6 +1,13 @@
-"""Fenced blocks of a Markdown page."""
+"""Pages, their fenced blocks, and the files among these."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_NAMED = re.compile(r"# ([\w./-]+\.(?:py|toml|yaml))\n")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -17,6 +24,28 @@ def blocks(text: str) -> list[tuple[str, str]]:
         else:
             lines.append(line)
     return found
+
+
+def files(text: str) -> dict[str, str]:
+    """The blocks whose first line is a comment with a file's name: name -> content."""
+    found = {}
+    for _, content in blocks(text):
+        if named := _NAMED.match(content):
+            found[named[1]] = content
+    return found
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Make the files that a page shows."""
+    for name, content in files(page.read_text(encoding="utf-8")).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def inline(text: str) -> list[str]:
+    """What stands in backticks outside the fenced blocks, its line breaks made blanks."""
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
 
 
 def shell_lines(text: str) -> list[str]:

@@ -1,23 +1,24 @@
-"""Every `rlhf` command in the README and the docs is accepted, with files of the right kind in place of its names."""
+"""Every `rlhf` command in the README and the docs is accepted, with files of the right kind in place of its names; the
+matrix carries the runs among them out, a step each."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-from fences import shell_lines
+from fences import PAGES, ROOT, inline, shell_lines, write_files
 
 from rlhf.cli import main
 
-ROOT = Path(__file__).parents[2]
 STARTER = ROOT / "plugins" / "rlhf_plugins" / "starter"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OF_READERS = ("--algo theirs", "--algo tempered", "--reward keyword")
-"""Of packages that a reader makes; tests/third_party installs such ones."""
+"""Of packages that a reader makes; test_docs_howto installs those whose pages show how, and runs these commands."""
 SUBCOMMANDS = ("run", "plan", "plugins", "pipeline", "eval", "export", "report")
+MODELS = ("MODEL", "RUN", "PATH", "JUDGE", "runs/first", "runs/judge", "runs/long")
 
 
 def commands() -> list[tuple[str, str]]:
@@ -25,29 +26,77 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        lines = shell_lines(text)
-        inline = re.findall(r"`(rlhf [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
-        for line in [*lines, *(" ".join(command.split()) for command in inline)]:
+        for line in [*shell_lines(text), *inline(text)]:
             command = line.split(" && ")[-1]
-            if command.startswith("rlhf ") and not any(name in command for name in OF_READERS):
+            placeholder = re.fullmatch(r"rlhf \w+( show)?( (NAME|RUN_DIR|RECIPE\.yaml))?", command)
+            if command.startswith("rlhf ") and not placeholder and not any(name in command for name in OF_READERS):
                 found.append((str(page.relative_to(ROOT)), command.split("  #")[0].strip()))
     return found
 
 
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds everything the commands name."""
-    folder = tmp_path_factory.mktemp("desk")
+RUNS = [(page, command) for page, command in commands() if command.startswith("rlhf run") and "--resume" not in command]
+
+
+def make_desk(folder: Path) -> Path:
+    """A folder that holds everything the commands name, but for models."""
     data = {"chats": "sft_train", "train": "sft_train", "held_out": "sft_eval", "pairs": "pref_train"}
-    data |= dict.fromkeys(("prompts", "questions", "problems", "big"), "prompts_train")
+    data |= dict.fromkeys(("prompts", "questions", "big"), "prompts_train")
     for name, source in data.items():
         (folder / f"{name}.jsonl").write_bytes((STARTER / "data" / f"{source}.jsonl").read_bytes())
-    (folder / "problems.csv").write_text("problem,solution\nWhat is 1 + 1?,2\n")
+    (folder / "problems.csv").write_text("problem,solution\nWhat is 1 + 1?,2\nWhat is 1 + 2?,3\n")
+    rows = [{"subject": "Sums", "problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(1, 9)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "folder").mkdir()
+    for split in ("train", "validation", "test"):
+        shutil.copy(folder / "prompts.jsonl", folder / "folder" / f"{split}.jsonl")
     for name in ("my.py", "my_reward.py"):
         (folder / name).write_text("def score(completion):\n    return 1.0\n")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     return folder
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The starter's model stands for every model; a reward model, by facts alone, for every judge."""
+    folder = make_desk(tmp_path_factory.mktemp("desk"))
+    config = json.loads((STARTER / "model" / "config.json").read_text())
+    (folder / "judge").mkdir()
+    judge = {**config, "architectures": ["LlamaForSequenceClassification"]}
+    (folder / "judge" / "config.json").write_text(json.dumps(judge))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the desk, with a real reward model."""
+    folder = tmp_path_factory.mktemp("workshops") / "workshop"
+    folder.mkdir()
+    make_desk(folder)
+    judge = ("--algo", "reward", "--max-steps", "1", "--batch-size", "8", "--eval-rows", "0", "--track", "none")
+    with pytest.raises(SystemExit) as done:
+        main(["run", *judge, "--output", str(folder / "run-of-judge")])
+    assert done.value.code == 0
+    shutil.copytree(folder / "run-of-judge" / "model" / "reward", folder / "judge")
+    return folder
+
+
+def words_of(page: str, command: str, desk: Path) -> list[str]:
+    """The command's words, with files of the desk in place of names."""
+    write_files(ROOT / page, desk)
+    words = shlex.split(command)[1:]
+    if "..." in command:
+        rest = [word for word in words if "..." not in word and word not in ("the", "same", "arguments...")]
+        words = [*rest, "--algo", "ppo", "--model", "MODEL"]
+        words += [] if "--data" in words else ["--data", "prompts.jsonl"]
+        words += [] if "--reward" in words else ["--reward", "length"]
+    model = re.compile(rf"(\w+=)?({'|'.join(map(re.escape, MODELS))})")
+    for i, word in enumerate(words):
+        if found := model.fullmatch(word):
+            scalar = found[1] in ("reward=", "value=", "helpful=")
+            words[i] = (found[1] or "") + str(desk / "judge" if scalar else STARTER / "model")
+        elif words[0] == "plugins" and word == "NAME":
+            words[i] = "ppo"
+    return words
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
@@ -55,35 +104,44 @@ def test_a_documented_command_is_accepted(
     page: str, command: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(desk)
-    words = shlex.split(command)[1:]
+    words = words_of(page, command, desk)
     assert words[0] in SUBCOMMANDS or words[0].startswith("-"), f"{page}: no such command"
-    if words[0] in ("eval", "export", "report") or "--resume" in words:  # they need a run; tests/runs carries them out
+    if (
+        words[0] in ("eval", "export", "report") or "--resume" in words
+    ):  # they need a run; test_docs_howto carries them out
         words = [words[0], "--help"]
-    if "..." in command:
-        rest = [word for word in words if "..." not in word and word not in ("the", "same", "arguments...")]
-        words = [*rest, "--algo", "ppo", "--model", "MODEL"]
-        words += [] if "--data" in words else ["--data", "prompts.jsonl"]
-        words += [] if "--reward" in words else ["--reward", "length"]
-    model = str(STARTER / "model")
-    names = {"MODEL": model, "RUN": model, "PATH": model, "runs/first": model, "NAME": "ppo"}
-    words = [re.sub(r"^(reward=)?(MODEL|RUN|PATH|runs/first)$", lambda m: (m[1] or "") + names[m[2]], w) for w in words]
-    words = [names.get(word, word) if words[0] == "plugins" else word for word in words]
     if words[0] == "run" and "--help" not in words:
         words.append("--dry-run")
-    if words[0] == "pipeline":
+    if words[0] == "pipeline" and "--help" not in words:
         words = [*words[:2], "--dry-run"]
-    if any(word.startswith("reward=") for word in words):  # a reward model stands for by facts alone
-        config = json.loads((STARTER / "model" / "config.json").read_text())
-        judge = desk / "judge"
-        judge.mkdir(exist_ok=True)
-        (judge / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
-        words = [f"reward={judge}" if word.startswith("reward=") else word for word in words]
     with pytest.raises(SystemExit) as done:
         main(words)
     assert done.value.code == 0, f"{page}: {command}\n{capsys.readouterr().err}"
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize(("page", "command"), RUNS)
+def test_a_documented_run_runs(
+    page: str, command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = workshop.parent / Path(page).stem  # of the page's own: a module is read once a process, by its path
+    if not desk.exists():
+        shutil.copytree(workshop, desk, symlinks=True)
+    monkeypatch.chdir(desk)
+    words = words_of(page, command, desk)
+    words = [word.replace("ORG/NAME::", "folder/") + ".jsonl" if "::" in word else word for word in words]
+    if "--help" not in words:  # the last of an option given twice holds
+        few = ("--max-steps", "1", "--batch-size", "8", "--eval-rows", "2", "--output", str(tmp_path / "run"))
+        words += [*few, *(("--engine.max-new-tokens", "8") if "ppo" in words else ())]
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 0
+    assert "--help" in words or json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
 def test_there_are_commands_to_check() -> None:
     pages = {page for page, _ in commands()}
-    assert {"README.md", "docs/tutorial.md", "docs/how-to/own-data.md", "docs/how-to/own-reward.md"} <= pages
-    assert len(commands()) > 25
+    howtos = {f"docs/how-to/{page.name}" for page in (ROOT / "docs" / "how-to").glob("*.md")}
+    assert {"README.md", "docs/tutorial.md", *howtos} - {"docs/how-to/own-algorithm.md"} <= pages
+    assert len(commands()) > 40
+    assert len(RUNS) > 25

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,9 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fences import blocks, shell_lines
+from fences import ROOT, blocks, shell_lines, write_files
 
-ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
 
@@ -26,13 +26,17 @@ def to_be_killed(words: list[str], directory: Path) -> bool:
     return "runs/killed" in words and not (directory / "runs" / "killed").exists()
 
 
+def shapes(text: str) -> set[str]:
+    """The lines without their numbers and the run's name."""
+    named = re.sub(r"runs/[\w-]+", "runs/NAME", text)
+    return {re.sub(r"-?\d[\d.]*(e-?\d+)?", "#", line.rstrip()) for line in named.splitlines()}
+
+
 @pytest.mark.matrix
 def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    files = [content for language, content in blocks(TUTORIAL) if language == "python"]
-    for content in files:
-        (tmp_path / content.split("\n", 1)[0].removeprefix("# ")).write_text(content)
-    ran = 0
+    write_files(ROOT / "docs" / "tutorial.md", tmp_path)
+    ran, said = 0, ""
     for words in commands():
         command = words[1:] if words[0] == "python" else ["-m", *words]
         process = subprocess.Popen([sys.executable, *command], cwd=tmp_path, env=os.environ, stderr=subprocess.PIPE)
@@ -46,8 +50,13 @@ def test_the_tutorial_works_as_written(tmp_path: Path) -> None:
         else:
             _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, f"{shlex.join(words)}\n{errors.decode()}"
+            said = said or errors.decode()
         ran += 1
     assert ran == len(commands()) >= 8
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (excerpt,) = [content for language, content in blocks(readme) if language == "text"]
+    assert shapes(excerpt) <= shapes(said), "the README's excerpt is not what a run says"
 
     first = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
     before, after = (first[f"heldout_{when}"]["reward/mean"] for when in ("before", "after"))

@@ -16,8 +16,9 @@ from rlhf.errors import RunError
 from rlhf.interfaces import Context, OptimizerStrategy, TrainedParameter
 from rlhf.plan import Plan
 from rlhf_plugins.backends.single import Single
-from rlhf_plugins.optimizers import AdamWConfig
+from rlhf_plugins.optimizers import AdamW8bitConfig, AdamWConfig
 from rlhf_plugins.optimizers.adamw import AdamW
+from rlhf_plugins.optimizers.adamw8bit import AdamW8bit
 
 CONTEXT = Context(plan=cast(Plan, None))
 
@@ -78,6 +79,7 @@ def test_gradients_are_scaled_down_to_the_norm_over_all_roles() -> None:
     expected = [1 - 0.05 * 1.5, 1 - 0.05 * 2.0, 2 - 0.025 * 6.0]
     assert numbers(container) == pytest.approx(expected, abs=1e-6)
     assert all(parameter.grad is None for parameter in container.parameters())
+    assert backend.update(factor=0.5).learning_rate == 0.25  # of the peak, not of the step before
 
 
 @pytest.mark.parametrize("max_norm", [None, 100.0])
@@ -154,6 +156,21 @@ def test_steps_after_a_checkpoint_are_the_same_to_the_bit(tmp_path: Path, fused:
     weights_only, other = prepared(adamw(fused))  # it is the moments that make the difference
     weights_only.load_state({**checkpoint.load(folder)["backend"], "optimizer": {}})
     assert steps(weights_only, other, THEN) != expected
+
+
+def test_so_are_those_with_moments_of_8_bits(tmp_path: Path) -> None:
+    def one() -> tuple[Single, Container]:
+        return prepared(AdamW8bit(AdamW8bitConfig(learning_rate=0.1, max_norm=None, min_size=1), CONTEXT))
+
+    backend, container = one()
+    steps(backend, container, FIRST)
+    kept = backend.state()["optimizer"]
+    assert all(moments["state1"].dtype == torch.uint8 for moments in kept.values())
+    folder = checkpoint.save(tmp_path, 2, {"backend": backend.state()})
+    expected = steps(backend, container, THEN)
+    resumed, its = one()
+    resumed.load_state(checkpoint.load(folder)["backend"])
+    assert steps(resumed, its, THEN) == expected
 
 
 def test_a_state_from_before_the_first_step_forgets_later_moments() -> None:

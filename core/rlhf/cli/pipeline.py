@@ -11,7 +11,6 @@ import yaml
 
 from rlhf.cli import say
 from rlhf.errors import Problem, RequestError
-from rlhf.pipeline import carry_out, check, stages_of
 from rlhf.recipe import read_yaml
 from rlhf.registry import loaded
 
@@ -33,6 +32,8 @@ def pipeline(recipe_file: str, settings: tuple[str, ...], output: Path | None, r
 
     All stages are checked before the first one starts. A stage that is done is not redone.
     """  # fmt: skip
+    from rlhf.pipeline import carry_out, check, stages_of  # brings torch, which help must not wait for
+
     content = read_yaml(recipe_file)
     for setting in settings:
         _set(content, setting)

@@ -26,9 +26,9 @@ from rlhf.api import (
     Sequences,
     State,
 )
-from rlhf_plugins.engines.attention import grouped
 from rlhf_plugins.engines.sampling import draw, uniforms
 from rlhf_plugins.engines.slots import SlotCache
+from rlhf_plugins.policies.attention import grouped
 
 _SPARE = 64
 """Columns beyond the longest sequence, so that slots are moved back only so often."""

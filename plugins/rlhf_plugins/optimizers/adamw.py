@@ -13,7 +13,7 @@ from rlhf_plugins.optimizers import AdamWConfig
 
 
 class AdamW(OptimizerStrategy):
-    """One group for each learning rate, with and without decay."""
+    """See the module."""
 
     config: AdamWConfig
 
@@ -23,16 +23,8 @@ class AdamW(OptimizerStrategy):
 
     def build(self, parameters: Sequence[TrainedParameter]) -> torch.optim.Optimizer:
         config = self.config
-        groups: dict[tuple[float, float], list[Any]] = {}
-        for trained in parameters:
-            rate = trained.learning_rate if trained.learning_rate is not None else config.learning_rate
-            decay = config.weight_decay if trained.parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(trained.parameter)
         return torch.optim.AdamW(
-            [
-                {"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
-                for (rate, decay), members in groups.items()
-            ],
+            groups(parameters, config),
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             fused=True,  # one pass over memory instead of one for each operation; CPU and CUDA both have it
@@ -41,6 +33,19 @@ class AdamW(OptimizerStrategy):
     def factor(self, step: int, steps: int) -> float:
         """Linear warm-up from 1/warm-up steps to 1, then the schedule; the last step comes close to `min_ratio`."""
         return schedule(self.config.schedule, step, steps, self.config.warmup, self.config.min_ratio)
+
+
+def groups(parameters: Sequence[TrainedParameter], config: AdamWConfig) -> list[dict[str, Any]]:
+    """One for each learning rate, with and without decay."""
+    found: dict[tuple[float, float], list[Any]] = {}
+    for trained in parameters:
+        rate = trained.learning_rate if trained.learning_rate is not None else config.learning_rate
+        decay = config.weight_decay if trained.parameter.ndim > 1 else 0.0
+        found.setdefault((rate, decay), []).append(trained.parameter)
+    return [
+        {"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
+        for (rate, decay), members in found.items()
+    ]
 
 
 def schedule(name: str, step: int, steps: int, warmup: float, min_ratio: float) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhf.api import HeadRequest, LoadSpec, ModelShape, Policy, Problem, RequestError, RunError, Scores, Sequences
+from rlhf_plugins.policies import attention
 from rlhf_plugins.policies.codec import HFCodec
 from rlhf_plugins.policies.export import export
 from rlhf_plugins.policies.heads import init_scalar_head, scalars, token_logps
@@ -31,7 +32,11 @@ class HFPolicy(Policy):
         Raises:
             RequestError: there is no such model, or its weights aren't all those of the head asked for.
         """
-        model: Any = load_model(spec, self.config.attention, self.context.world.size)
+        auto = self.config.attention == "auto"
+        model: Any = load_model(spec, "sdpa" if auto else self.config.attention, self.context.world.size)
+        in_half = torch.bfloat16 in (spec.compute, model.dtype)
+        if auto and in_half and spec.device == "cpu" and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.NAME)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(spec.trainable)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.api import RunError, Sequences
+from rlhf_plugins.policies import attention
 from rlhf_plugins.policies.heads import LogitsOf, logit_transform
 from rlhf_plugins.policies.layout import Costs, Grid, lay_out
 from rlhf_plugins.policies.loading import partitioned
@@ -88,13 +89,13 @@ class Trunk:
         return torch.autocast(self.device.type, dtype=compute, enabled=compute is not None)
 
     def costs(self) -> Costs:
-        """Of width D: a pair in attention takes 1/(6 D) of the operations of a token's matrix products, at about a
-        quarter of their speed (CPU, bfloat16), two thirds (CPU, float32), or half (GPU, with a mask; not measured)."""
+        """Of width D: a pair in attention takes 1/(6 D) of the operations of a token's matrix products, at two fifths
+        of their speed (CPU, bfloat16), two thirds (CPU, float32), or half (GPU, with a mask; not measured)."""
         width = int(self.model.config.get_text_config().hidden_size)
         if self.device.type != "cpu":
             return Costs(pair=0.35 / width, call=2048.0)
         half = self.traits.compute in (torch.bfloat16, torch.float16) or self.model.dtype != torch.float32
-        return Costs(pair=(0.7 if half else 0.25) / width, call=32.0)
+        return Costs(pair=(0.4 if half else 0.25) / width, call=32.0)
 
     def read(self, sequences: Sequences, layout: str, last: bool) -> tuple[Tensor, Tensor | None]:
         """One forward.
@@ -156,7 +157,11 @@ class Trunk:
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        if self.model.config._attn_implementation != "sdpa" or kinds != {"full_attention"} or windowed:
+        if (
+            self.model.config._attn_implementation not in ("sdpa", attention.NAME)
+            or kinds != {"full_attention"}
+            or windowed
+        ):
             return False  # other kernels take no such mask, and a window would count the responses between
         ids = self._probe(9).cpu()
         pair = Sequences.of([ids[:3]], [ids[3:6], ids[6:9]], prompt_of=[0, 0])

@@ -170,6 +170,17 @@ def test_loss_and_its_gradient_by_hand(context: Context, rollouts: Make, batch: 
     }, rel=1e-6)  # fmt: skip
 
 
+def test_each_range_clips_its_own(context: Context, rollouts: Make, batch: Make, hand: Make) -> None:
+    """rho = (1.49, .951, .607, 1, 1.22) within .1 of 1, and V = (.9, .65, .1, ...) within .3 of (.5, .6, .7, ...)."""
+    algorithm = ppo(context, clip_range=0.1, value_clip_range=0.3)
+    given = minibatch(algorithm, rollouts, batch)
+    algorithm.loss(given, hand(policy={"logp": double(NEW)}, value={"values": double(NEW_VALUES)}))
+    policy = [-1.1, math.exp(-0.05), 2 * 0.9, -0.5, -1.1]
+    value = [0.5 * 0.2**2, 0.5 * 0.45**2, 0.5 * 0.5**2, 0.5 * 0.5**2, 0.0]  # .9 counts as .8; .1 is worse than .4
+    assert float(given.logged["policy/loss"]) == pytest.approx(sum(policy) / 5, rel=1e-6)  # logged in float32
+    assert float(given.logged["value/loss"]) == pytest.approx(sum(value) / 5, rel=1e-6)
+
+
 def test_values_are_free_where_no_range_is_set(context: Context, rollouts: Make, batch: Make, hand: Make) -> None:
     algorithm = ppo(context, value_clip_range=None, value_coef=1.0)
     given = minibatch(algorithm, rollouts, batch)
@@ -278,9 +289,9 @@ def test_normalised_scores_are_divided_by_the_running_deviation(context: Context
 def test_adaptive_kl(context: Context, rollouts: Make, hand: Make) -> None:
     options: dict[str, Any] = {"kl_coef": 0.2, "kl_control": "adaptive", "kl_target": 6.0, "kl_horizon": 10_000}
     algorithm = ppo(context, **options)
-    ones = double([0.0] * 64)
-    score = hand(policy={"logp": ones}, reference={"logp": ones - 9.0}, value={"values": ones})
-    algorithm.experience(rollouts([1] * 64, [0.0] * 64), score)  # 64 responses, each with a KL of 9 nats
+    zeros = double([0.0] * 128)
+    score = hand(policy={"logp": zeros}, reference={"logp": zeros - 4.5}, value={"values": zeros})
+    algorithm.experience(rollouts([2] * 64, [0.0] * 64), score)  # 64 responses, each with a KL of 2 x 4.5 nats
     metrics = context.metrics.drain(World())
     assert metrics["kl/sequence"] == 9.0
     algorithm.step_done(metrics)
@@ -289,13 +300,25 @@ def test_adaptive_kl(context: Context, rollouts: Make, hand: Make) -> None:
     resumed = ppo(context, **options)
     resumed.load_state(algorithm.state())
     assert resumed.kl_coef == algorithm.kl_coef
-    resumed.experience(rollouts([1] * 64, [0.0] * 64), score)
-    assert context.metrics.drain(World())["kl/coef"] == algorithm.kl_coef  # and it is the one that is used
+    found = resumed.experience(rollouts([2] * 64, [0.0] * 64), score)
+    assert context.metrics.drain(World())["kl/coef"] == algorithm.kl_coef
+    # and it is the one that is used: each token costs 4.5 of it; A_0 = r_0 + lambda r_1, where V is 0
+    close(found["advantages"][:2], [-4.5 * algorithm.kl_coef * (1 + 0.95), -4.5 * algorithm.kl_coef])
 
     fixed = ppo(context, kl_coef=0.2)
-    fixed.experience(rollouts([1] * 64, [0.0] * 64), score)
+    fixed.experience(rollouts([2] * 64, [0.0] * 64), score)
     fixed.step_done(context.metrics.drain(World()))
     assert fixed.kl_coef == 0.2
+
+
+@pytest.mark.parametrize(("estimator", "kl"), [("k1", -0.5), ("k2", 0.125), ("k3", math.exp(0.5) - 1.5)])
+def test_the_penalty_is_by_the_estimator_asked_for(
+    context: Context, rollouts: Make, hand: Make, estimator: str, kl: float
+) -> None:
+    zero = double([0.0])
+    score = hand(policy={"logp": zero - 1.5}, reference={"logp": zero - 1.0}, value={"values": zero})
+    algorithm = ppo(context, kl_coef=2.0, kl_estimator=estimator)
+    close(algorithm.experience(rollouts([1], [3.0]), score)["advantages"], [3.0 - 2.0 * kl])
 
 
 def test_without_kl_there_is_no_reference(context: Context, rollouts: Make, hand: Make) -> None:

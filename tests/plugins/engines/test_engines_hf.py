@@ -127,12 +127,16 @@ def test_slots_are_moved_back_when_their_columns_end(
     load: Any, attach: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, requests = load(), ask(*[12, 2, 3, 9, 4, 2, 5, 3, 8, 2], count=2)
-    whole = responses(attach(loaded, max_new_tokens=15).generate(requests))
+    whole = attach(loaded, max_new_tokens=15).generate(requests)
     monkeypatch.setattr(hf, "_SPARE", 1)
     moves: list[int] = []
     plain = hf.SlotCache.move
     monkeypatch.setattr(hf.SlotCache, "move", lambda self, end: (moves.append(end), plain(self, end)))
-    assert responses(attach(loaded, max_new_tokens=15, max_batch=3).generate(requests)) == whole
+    moved = attach(loaded, max_new_tokens=15, max_batch=3).generate(requests)
+    assert responses(moved) == responses(whole)
+    torch.testing.assert_close(
+        moved.logp, whole.logp, **FP32
+    )  # a column lost would show here before it does in a token
     assert len(moves) > 1
 
 
@@ -218,6 +222,13 @@ def test_two_requests_of_one_prompt_share_it(load: Any, attach: Any, ask: Any) -
     baseline = Sample(request.prompt, greedy=True, seed=1)
     generation = attach(load(), max_new_tokens=5).generate([request, baseline])
     assert len(generation.sequences.prompts) == 1 and generation.sequences.prompt_of.tolist() == [0, 0, 0]
+
+
+def test_dropout_is_off_even_in_training_mode(load: Any, attach: Any, ask: Any, policy: Any) -> None:
+    module, spec = load("gpt2")  # whose config drops out a tenth
+    generation = attach((module.train(), spec), max_new_tokens=12).generate(ask(3, 5))
+    (scores,) = policy.score(module, generation.sequences, [HeadRequest("policy", "lm")])
+    torch.testing.assert_close(generation.logp, scores.logp.detach(), **FP32)
 
 
 def test_nothing_asked_is_nothing(load: Any, attach: Any) -> None:

@@ -44,13 +44,38 @@ def test_top_p_keeps_the_fewest_that_hold_it() -> None:
     assert {at(u / 100, top_p=0.7)[0] for u in range(100)} == {0, 2}
     assert {at(u / 100, top_p=0.01)[0] for u in range(100)} == {0}
     assert {at(u / 100, top_k=3, top_p=0.99)[0] for u in range(100)} == {0, 2, 3}
+    even, most = torch.zeros(1, 2), torch.tensor([0.99], dtype=torch.float64)
+    assert draw(even, most, NOT_GREEDY, temperature=1.0, top_p=0.5)[0].tolist() == [0]  # a half holds a half
+
+
+def test_all_of_the_distribution_is_all_of_it() -> None:
+    """The second token has e^-30 = 1e-13: to float32 the first one holds 1 already."""
+    tokens, logp = draw(
+        torch.tensor([[0.0, -30.0]]), torch.tensor([1 - 2**-53], dtype=torch.float64), NOT_GREEDY, temperature=1.0
+    )
+    assert tokens.tolist() == [1] and float(logp) == -30.0
+
+
+def test_log_probs_are_float32_whatever_the_logits() -> None:
+    uniform = torch.tensor([0.3], dtype=torch.float64)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert draw(P.log()[None].to(dtype), uniform, NOT_GREEDY, temperature=1.0)[1].dtype == torch.float32
+
+
+def test_of_tokens_alike_the_first_are_kept() -> None:
+    even = torch.zeros(1, 5000)
+    drawn = {
+        int(draw(even, torch.tensor([u / 10], dtype=torch.float64), NOT_GREEDY, temperature=1.0, top_k=2)[0])
+        for u in range(10)
+    }
+    assert drawn == {0, 1}
 
 
 def test_greedy_rows_ignore_their_uniform() -> None:
     logits: Tensor = P.log().repeat(2, 1)
     uniform = torch.tensor([0.99, 0.99], dtype=torch.float64)
     tokens, logp = draw(logits, uniform, torch.tensor([True, False]), temperature=1.0)
-    assert tokens.tolist() == [0, 3]
+    assert tokens.tolist() == [0, 3] and logp.shape == (2,)
     assert math.isclose(float(logp[0]), math.log(0.5), abs_tol=1e-6)
 
 
@@ -59,6 +84,10 @@ def test_an_impossible_token_is_never_drawn() -> None:
     for u in (0.0, 1 - 2**-53):
         tokens, logp = draw(logits, torch.tensor([u], dtype=torch.float64), NOT_GREEDY, temperature=1.0)
         assert tokens.tolist() == [1] and float(logp) == 0.0
+    for n in range(2, 100):  # shares that add up to 1 only to rounding
+        even = torch.cat([torch.zeros(n), torch.tensor([-torch.inf])])[None]
+        tokens, _ = draw(even, torch.tensor([1 - 2**-53], dtype=torch.float64), NOT_GREEDY, temperature=1.0)
+        assert tokens.tolist() == [n - 1]
 
 
 def test_uniforms_are_fixed_by_all_of_the_seed_and_longer_ones_begin_alike() -> None:

@@ -73,6 +73,13 @@ def test_gae_rows_are_independent() -> None:
     assert torch.equal(together.advantages, torch.cat(alone))  # bitwise: the same operations a row
 
 
+def test_gae_at_gamma_zero_is_the_next_reward_less_the_value() -> None:
+    """r = (1, 2), V = (.5, .25): (1 - .5, 2 - .25), whatever lambda is."""
+    for lam in (0.0, 1.0):
+        result = adv.gae(f64(1, 2), f64(0.5, 0.25), torch.tensor([2]), gamma=0.0, lam=lam)
+        assert result.advantages.tolist() == [0.5, 1.75]  # exact in binary
+
+
 def test_gae_steps_over_masked_tokens() -> None:
     """With any mask, GAE is GAE of the response with the masked tokens cut out, and 0 at those tokens."""
     rewards, values, lengths = random_batch()
@@ -112,8 +119,9 @@ def test_gae_is_data_and_at_least_float32() -> None:
 def test_gae_refuses() -> None:
     with pytest.raises(ValueError, match="values"):
         adv.gae(torch.zeros(3), torch.zeros(2), torch.tensor([3]), 1.0, 0.95)
-    with pytest.raises(ValueError, match="gamma and lam"):
-        adv.gae(torch.zeros(3), torch.zeros(3), torch.tensor([3]), 1.0, 95.0)
+    for gamma, lam in ((1.0, 95.0), (1.0, 1.001), (1.001, 1.0), (-0.001, 1.0), (1.0, -0.001)):
+        with pytest.raises(ValueError, match="gamma and lam"):
+            adv.gae(torch.zeros(3), torch.zeros(3), torch.tensor([3]), gamma, lam)
     with pytest.raises(ValueError, match="mask"):
         adv.gae(torch.zeros(3), torch.zeros(3), torch.tensor([3]), 1.0, 0.95, torch.ones(3))
 
@@ -180,9 +188,26 @@ def test_whiten_gradient() -> None:
     assert x_grad[1].item() == 0.0
 
 
+def test_moments_are_sums_in_float64() -> None:
+    """(1, 2, -4) without the last: 2 tokens, 3, 1 + 4. Float32 would count no further than 2^24."""
+    stats = adv.moments(torch.tensor([1.0, 2.0, -4.0]), torch.tensor([True, True, False]))
+    assert stats.stack().tolist() == [2.0, 3.0, 5.0]
+    assert {stats.count.dtype, stats.total.dtype, stats.total_sq.dtype} == {F64}
+
+
+def test_whiten_is_whiten_with_its_own_moments() -> None:
+    x = f64(1, 2, 3, 6)
+    assert torch.equal(adv.whiten_with(x, adv.moments(x)), adv.whiten(x))  # with the same eps
+
+
 def test_whiten_refuses() -> None:
     with pytest.raises(ValueError, match="eps"):
         adv.whiten(torch.zeros(2), eps=0.0)
+    square = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        adv.moments(square)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        adv.whiten_with(square, adv.moments(torch.zeros(2)))
     with pytest.raises(ValueError, match="one-dimensional"):
         adv.whiten(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="3"):
@@ -204,6 +229,21 @@ def test_explained_variance_masked() -> None:
     own = torch.tensor([True, True, False, True, True])
     values, returns = f64(0.5, 2.5, nan, 2.5, 4.5), f64(1, 2, nan, 3, 4)
     assert adv.explained_variance(values, returns, own).item() == pytest.approx(0.8, abs=EXACT)
+
+
+def test_explained_variance_is_a_number_of_float64() -> None:
+    """Float32 steps by 8 near 1e8, so there it would see no variance of (0, 1, 2, 3) and the errors of (.5, -.5)."""
+    returns = f64(1, 2, 3, 4) + 1e8
+    values = (f64(0.5, 2.5, 2.5, 4.5) + 1e8).requires_grad_()
+    found = adv.explained_variance(values, returns)
+    assert found.item() == pytest.approx(0.8, abs=EXACT) and not found.requires_grad  # halves near 1e8 are exact
+    from_single = adv.explained_variance(torch.tensor([0.5, 2.5]), torch.tensor([1.0, 2.0]))
+    assert from_single.dtype == F64
+
+
+def test_explained_variance_refuses() -> None:
+    with pytest.raises(ValueError, match=r"values \[1\]"):
+        adv.explained_variance(torch.zeros(1), torch.zeros(3))
 
 
 def test_explained_variance_of_nothing_is_nan() -> None:

@@ -112,8 +112,14 @@ def test_penalised_rewards_refuse() -> None:
         kl.penalised_rewards(torch.zeros(1), two, two, torch.tensor([2]), -0.1)
     with pytest.raises(ValueError, match="one length"):
         kl.penalised_rewards(torch.zeros(1), two, two, torch.tensor([1, 1]), 0.1)
-    with pytest.raises(ValueError, match="logp_ref"):
-        kl.penalised_rewards(torch.zeros(1), two, torch.zeros(3), torch.tensor([2]), 0.1)
+    for logp_old, logp_ref, name in ((two, torch.zeros(3), "logp_ref"), (torch.zeros(3), two, "logp_old")):
+        with pytest.raises(ValueError, match=rf"expected {name} \[2\] \(the sum of lengths\), given \[3\]"):
+            kl.penalised_rewards(torch.zeros(1), logp_old, logp_ref, torch.tensor([2]), 0.1)
+
+
+def test_without_a_coefficient_the_reward_is_the_score_and_the_kl_is_told() -> None:
+    result = kl.penalised_rewards(torch.ones(1), torch.tensor([-1.0, -2.0]), torch.zeros(2), torch.tensor([2]), 0.0)
+    assert result.rewards.tolist() == [0.0, 1.0] and result.kl_per_token.tolist() == [-1.0, -2.0]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,21 @@ def test_adaptive_kl_by_hand(measured: float, expected: float) -> None:
 def test_adaptive_kl_refuses() -> None:
     with pytest.raises(ValueError, match="finite"):
         kl.adaptive_kl_coef(0.2, float("nan"), 6.0, 64, 10000)
-    with pytest.raises(ValueError, match="target > 0"):
-        kl.adaptive_kl_coef(0.2, 9.0, 0.0, 64, 10000)
+    for coef, target, n, horizon in (
+        (0.2, 0.0, 64, 1e4),
+        (0.2, 6.0, 0, 0.0),
+        (-0.2, 6.0, 64, 1e4),
+        (0.2, 6.0, -1, 1e4),
+    ):
+        with pytest.raises(ValueError, match="target > 0"):
+            kl.adaptive_kl_coef(coef, 9.0, target, n, horizon)
     with pytest.raises(ValueError, match="5 \\* horizon"):
         kl.adaptive_kl_coef(0.2, 0.0, 6.0, 600, 100)
+
+
+def test_adaptive_kl_at_its_limits() -> None:
+    """Twice the target: + .2 a horizon. At n = 5 horizons, coef (1 + .2 x 5) = 2 coef; on none, nothing changes."""
+    assert kl.adaptive_kl_coef(0.1, 1.0, 0.5, 5, 1.0) == pytest.approx(0.2, abs=1e-12)
+    assert kl.adaptive_kl_coef(0.1, 1.0, 0.5, 1, 0.5) == pytest.approx(0.1 * 1.4, abs=1e-12)
+    assert kl.adaptive_kl_coef(0.1, 1.0, 0.5, 0, 1.0) == 0.1
+    assert kl.adaptive_kl_coef(0.0, 1.0, 0.5, 1, 1.0) == 0.0

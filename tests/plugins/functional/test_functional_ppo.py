@@ -130,6 +130,20 @@ def test_masked_values_have_exactly_no_loss_and_no_gradient(clip: float | None) 
     assert values_grad[1:].eq(0).all()
 
 
+def test_clips_of_nothing_and_of_everything() -> None:
+    """At clips of 0, rho 1.5 counts as 1: A = 1 -> -1, A = -1 -> the larger, 1.5. A clip of 1 frees rho below."""
+    result = clipped_policy_loss(f64(1.5, 1.5).log(), f64(0, 0), f64(1, -1), 0.0, 0.0)
+    assert result.losses.tolist() == pytest.approx([-1.0, 1.5], abs=EXACT)
+    free = clipped_policy_loss(f64(0.01).log(), f64(0), f64(-1), 1.0, 0.2)
+    assert free.losses.item() == pytest.approx(0.01, abs=EXACT) and not free.clipped.any()
+
+
+def test_the_ratio_that_is_reported_keeps_no_graph() -> None:
+    logp = f64(-1.0, -2.0).requires_grad_()
+    result = clipped_policy_loss(logp, logp.detach(), f64(1, 1), 0.2, 0.2)
+    assert result.ratio.tolist() == [1.0, 1.0] and not result.ratio.requires_grad and result.losses.requires_grad
+
+
 def test_no_tokens() -> None:
     none = torch.zeros(0)
     assert clipped_policy_loss(none, none, none, 0.2, 0.2).losses.shape == (0,)
@@ -143,7 +157,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="clip_low"):
         clipped_policy_loss(three, three, three, -0.2, 0.2)
     with pytest.raises(ValueError, match="clip_low"):
-        clipped_policy_loss(three, three, three, 1.2, 0.2)
+        clipped_policy_loss(three, three, three, 1.001, 0.2)
     with pytest.raises(ValueError, match="clip_high"):
         clipped_policy_loss(three, three, three, 0.2, -0.2)
     with pytest.raises(ValueError, match="mask"):

@@ -116,12 +116,14 @@ def test_refusals() -> None:
     for unsmoothed in (ipo, hinge):
         with pytest.raises(ValueError, match="label smoothing"):
             unsmoothed(two, two, 0.1, two, two, 0.1)
-    for smoothing in (-0.1, 0.6):
+    for smoothing in (-0.1, 0.501):
         with pytest.raises(ValueError, match="label_smoothing"):
             sigmoid(two, two, 0.1, two, two, smoothing)
     for n_chosen, n_rejected in ((two * 0, two), (two, two * 0)):
         with pytest.raises(ValueError, match="no tokens"):
             ipo(two, two, 0.1, n_chosen, n_rejected)
+    with pytest.raises(ValueError, match=r"r_rejected \[1\]"):
+        bradley_terry(two, one, None, 0.0)
     with pytest.raises(ValueError, match=r"margin \[1\]"):
         bradley_terry(two, two, one, 0.0)
     with pytest.raises(ValueError, match="centre_coef"):

@@ -90,6 +90,8 @@ def test_last_index_with_mask_is_the_last_own_token() -> None:
 
 
 def test_last_index_names_rows_without_one() -> None:
+    with pytest.raises(ValueError, match=r"responses \[1\] have"):  # not the first one, whose last token is at 0
+        ragged.last_index(torch.tensor([1, 0]))
     with pytest.raises(ValueError, match=r"\[1\]"):
         ragged.last_index(LENGTHS)
     with pytest.raises(ValueError, match=r"\[0\]"):
@@ -125,11 +127,22 @@ def test_wrong_lengths_are_refused(lengths: torch.Tensor, message: str) -> None:
         ragged.segment_sum(X, lengths)
     with pytest.raises(ValueError, match=message):
         ragged.pad(X, lengths, 0.0)
+    if "x" in message:
+        return  # they would do for what takes no flat tensor
+    of_each = torch.zeros(lengths.shape[0])
+    for refuse in (lambda: ragged.repeat(of_each, lengths), lambda: ragged.unpad(torch.zeros(2, 9), lengths)):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+    with pytest.raises(ValueError, match=message):
+        ragged.last_index(lengths)
 
 
 def test_too_narrow_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r">= 3"):
         ragged.unpad(torch.zeros(3, 2), LENGTHS)
+    for shape in ((3, 3, 1), (2, 3), (4, 3)):
+        with pytest.raises(ValueError, match=r"expected x \[3, >= 3\]"):
+            ragged.unpad(torch.zeros(shape), LENGTHS)
 
 
 def test_broadcastable_shapes_are_refused() -> None:
@@ -137,6 +150,8 @@ def test_broadcastable_shapes_are_refused() -> None:
         ragged.check_same_length(a=torch.zeros(3), b=torch.zeros(1))
     with pytest.raises(ValueError, match="one-dimensional"):
         ragged.check_same_length(a=torch.zeros(3, 1), b=torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"x \[1\], lengths \[3\]"):
+        ragged.repeat(torch.zeros(1), LENGTHS)
 
 
 def test_integer_and_misfit_masks_are_refused() -> None:

@@ -33,6 +33,17 @@ def test_eos_penalty_refuses() -> None:
         sc.eos_penalty(SCORES, ENDED[:1], "replace", -1.0)
 
 
+def test_the_least_that_may_be_asked_for() -> None:
+    """A penalty of 0 or of less than 1, no threshold, a cap below 1 or of 0."""
+    assert sc.eos_penalty(SCORES, ENDED, "subtract", 0.5).tolist() == [0.5, 2.5, -2.5]
+    assert sc.eos_penalty(SCORES, ENDED, "subtract", 0.0).tolist() == SCORES.tolist()
+    ones, lengths = torch.ones(2), torch.tensor([0, 2])
+    assert sc.length_penalty(ones, lengths, threshold=0, per_token=0.5).tolist() == [1.0, 0.0]
+    assert sc.length_penalty(ones, lengths, threshold=0, per_token=0.5, cap=0.25).tolist() == [1.0, 0.75]
+    assert sc.length_penalty(ones, lengths, threshold=0, per_token=0.5, cap=0.0).tolist() == [1.0, 1.0]
+    assert sc.length_penalty(ones, lengths, threshold=0, per_token=0.0).tolist() == [1.0, 1.0]
+
+
 def test_length_penalty_by_hand() -> None:
     """Threshold 10, .5 a token: nothing up to 10, .5 at 11, 2 at 14."""
     shaped = sc.length_penalty(torch.ones(4), torch.tensor([0, 10, 11, 14]), threshold=10, per_token=0.5)
@@ -49,8 +60,13 @@ def test_length_penalty_is_dapos_with_a_cap() -> None:
 def test_length_penalty_refuses() -> None:
     with pytest.raises(ValueError, match="positive per_token"):
         sc.length_penalty(SCORES, torch.tensor([1, 2, 3]), threshold=1, per_token=-0.1)
+    for wrong in ({"threshold": -1}, {"cap": -0.1}):
+        with pytest.raises(ValueError, match="expected threshold, per_token and cap >= 0"):
+            sc.length_penalty(SCORES, torch.tensor([1, 2, 3]), **{"threshold": 1, "per_token": 0.1, **wrong})
     with pytest.raises(ValueError, match="one length"):
         sc.length_penalty(SCORES, torch.tensor([1]), threshold=1, per_token=0.1)
+    with pytest.raises(ValueError, match="int64"):
+        sc.length_penalty(SCORES, torch.tensor([1.0, 2.0, 3.0]), threshold=1, per_token=0.1)
 
 
 def test_clip_scores_by_hand() -> None:
@@ -58,6 +74,8 @@ def test_clip_scores_by_hand() -> None:
     assert sc.clip_scores(SCORES, None).tolist() == SCORES.tolist()
     with pytest.raises(ValueError, match="None for no clipping"):
         sc.clip_scores(SCORES, 0.0)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        sc.clip_scores(torch.zeros(2, 2), None)
 
 
 def test_stats_by_hand() -> None:
@@ -65,6 +83,11 @@ def test_stats_by_hand() -> None:
     stats = sc.update_stats(sc.ScoreStats(), torch.tensor([1.0, 2.0, 3.0, 6.0]))
     assert stats == sc.ScoreStats(count=4, mean=3.0, m2=14.0)  # small integers: exact
     assert stats.std == pytest.approx(math.sqrt(3.5), abs=1e-12)
+
+
+def test_fresh_stats_are_of_nothing() -> None:
+    fresh = sc.ScoreStats()
+    assert attrs.asdict(fresh) == {"count": 0, "mean": 0.0, "m2": 0.0} and fresh.std == 0.0
 
 
 def test_stats_do_not_depend_on_the_batches() -> None:
@@ -122,6 +145,16 @@ def test_normalise_without_a_scale_leaves_it() -> None:
     assert 0.0 < constant.std < 1e-15  # three times .1 is not .3: a rounding, which must not become the scale
     for stats in (sc.ScoreStats(), sc.ScoreStats(count=1, mean=3.0), constant):
         assert sc.normalise_scores(SCORES, stats).tolist() == SCORES.tolist()
+
+
+def test_a_deviation_is_a_scale_only_past_eps() -> None:
+    stats = sc.ScoreStats(count=4, mean=3.0, m2=16.0)  # std 2
+    assert sc.normalise_scores(torch.tensor([3.0]), stats, eps=2.0).tolist() == [3.0]
+    assert sc.normalise_scores(torch.tensor([3.0]), stats, eps=1.99).tolist() == [1.5]
+    small = sc.ScoreStats(count=1, m2=(1.005e-6) ** 2)  # just above the eps that nobody gave
+    assert sc.normalise_scores(torch.tensor([1.005e-6]), small).item() == pytest.approx(1.0, rel=1e-6)  # float32
+    with pytest.raises(ValueError, match="one-dimensional"):
+        sc.normalise_scores(torch.zeros(2, 2), stats)
 
 
 def test_no_scores() -> None:

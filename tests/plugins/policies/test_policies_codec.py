@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers, processors
 
 from rlhf.errors import RequestError, RowError
 
@@ -54,6 +55,24 @@ def test_plain_text_is_itself_and_a_response_ends(codec: Any) -> None:
     assert plain.eos == EOS
     assert plain.decode(plain.response("cd")) == "cd"
     assert plain.prompt_text(torch.tensor([0, 6])) == "<eos>a"
+
+
+def test_a_completion_is_read_where_it_stands(codec: Any) -> None:
+    """As tokenizers with a space of their own before each text have it: alone "cd" would be " cd"."""
+    spaced = codec()
+    spaced.tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    assert spell(spaced, spaced.prompt("ab")) == " ab"
+    assert spell(spaced, spaced.response("cd", "ab")) == "cd<eos>"
+
+
+def test_a_text_begins_with_the_tokenizers_own_token_and_a_rendered_chat_as_its_template_says(codec: Any) -> None:
+    chat = codec(TURNS, bos=True, stops=[0, 5])
+    beginning = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    chat.tokenizer.backend_tokenizer.post_processor = beginning
+    assert spell(chat, chat.prompt("hi")) == "<s>hi"
+    assert spell(chat, chat.response("yo", "hi")) == "yo<eos>"
+    assert spell(chat, chat.prompt(CHAT)) == "<user>hi<end>\n<bot>"
+    assert spell(chat, chat.response("yo", CHAT)) == "yo<end>"
 
 
 def test_an_empty_prompt_is_the_token_that_begins_text(codec: Any) -> None:

@@ -69,6 +69,17 @@ def test_responses_share_a_prompt_as_long_as_that_costs_less() -> None:
     assert rows(of_one_prompt(100, 100, 4), pair=1 / 400) == 2
 
 
+def test_costs_by_hand() -> None:
+    """100 tokens: 100 products, and pairs at .001 each: 10 where a mask is used, 7.5 in a causal kernel."""
+    costs = Costs(pair=0.001, call=0.0)
+    assert (costs.row(100, shared=True), costs.row(100, shared=False)) == (110.0, 107.5)
+
+
+def test_there_are_no_more_rows_than_responses() -> None:
+    """By the formula three rows would cost less than two: T + .75 T^2 at T = 1 + 200/3 and 101: 10506 and 15504."""
+    assert rows(of_one_prompt(1, 100, 2), pair=1.0) == 2
+
+
 def test_every_token_is_read_exactly_once_whatever_the_layout() -> None:
     draw = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 30, (40,), generator=draw).tolist()

@@ -1,0 +1,218 @@
+"""Named errors in the core: what means divide by, what is selected, kept, restored, seeded. Rows as in
+`named_algorithms`."""
+
+from __future__ import annotations
+
+C = "core/rlhf"
+T = "tests/core"
+LOOP = f"{T}/test_core_loop.py"
+CUT = f"{LOOP}::test_how_a_batch_is_cut_changes_nothing"
+RESUME = f"{LOOP}::test_sigterm_ends_the_run_after_its_step_with_a_checkpoint"
+EVALUATION = f"{LOOP}::test_evaluation_leaves_no_trace"
+RANKS = f"{T}/test_core_models.py::test_fake_ranks_divide_by_the_counts_of_the_whole_step"
+MINIBATCHES = f"{LOOP}::test_minibatches_are_all_of_the_experience_in_parts_that_keep_groups"
+
+SEQUENCES = (
+    ("token mean: over the micro-batch", "parts don't add up to the mean",
+     "max(batch.totals.tokens, 1)", "max(int(batch.mask.sum()), 1)"),
+    ("token mean: masked tokens are counted", "a mean over the padded count",
+     "max(batch.totals.tokens, 1)", "max(batch.totals.tokens + int((~batch.mask).sum()), 1)"),
+    ("token mean: over sequences", "long responses weigh more", "max(batch.totals.tokens, 1)",
+     "max(batch.totals.sequences, 1)"),
+    ("token mean: mask dropped", "a tool's tokens are learnt from",
+     "torch.where(batch.mask, x, torch.zeros_like(x)).sum()", "x.sum()"),
+    ("token mean: mask multiplied", "NaN times 0 is NaN",
+     "torch.where(batch.mask, x, torch.zeros_like(x)).sum()", "(batch.mask * x).sum()"),
+    ("sequence mean: over the micro-batch", "parts don't add up", "max(batch.totals.sequences, 1)",
+     "max(len(batch), 1)"),
+    ("group mean: over sequences", "half the loss of a pair", "max(batch.totals.groups, 1)",
+     "max(batch.totals.sequences, 1)"),
+    ("group mean: over the micro-batch", "parts don't add up", "max(batch.totals.groups, 1)",
+     "max(batch.sequences.group_count, 1)"),
+    ("sequence sum: mask dropped", "a user's turns in DPO's log-ratio",
+     "masked = torch.where(of.sequences.mask.to(x.device), x, torch.zeros_like(x))", "masked = x"),
+    ("tokens are counted with the masked ones", "the step's total is too large",
+     "return int(self.mask.sum())", "return len(self.mask)"),
+    ("selected rows keep other groups", "pairs of other rows", "self.group[rows],", "self.group[: len(rows)],"),
+    ("selected rows keep other masks", "the first rows' masks", "self.mask[index],", "self.mask[: len(index)],"),
+    ("selected rows have other prompts", "prompts in the order of their first use",
+     "            new_of,\n", "            new_of.flip(0),\n"),
+    ("a minibatch forgets its temperature", "ratios of another distribution", "part.temperature = self.temperature",
+     "pass"),
+    ("experience forgets its temperature", "ratios of another distribution",
+     "self.temperature: float = 1.0 if isinstance(of, Sequences) else of.temperature", "self.temperature: float = 1.0"),
+    ("those cut off count as ended", "the flag upside down", 'reason == "stop" for reason',
+     'reason == "length" for reason'),
+    ("parts of scores joined in the order computed", "old log-probs of other rows",
+     "whole[of.token_index(rows)] =", "whole[of.token_index(rows).sort().values] ="),
+    ("a logged part keeps its graph", "memory grows", "+ part.detach().float().cpu()", "+ part.float().cpu()"),
+    ("a logged part replaces the one before", "metrics of the last call",
+     "self.logged.get(name, torch.zeros(())) + part", "part"),
+    ("masks put on the response before", "off by one", "mask[start : start + length] = own",
+     "mask[max(start - 1, 0) : max(start - 1, 0) + length] = own"),
+    ("a field per response spread over the wrong tokens", "by place, not by row",
+     "torch.repeat_interleave(value, self.lengths.to(value.device))",
+     "value.repeat(self.lengths.sum())[: self.lengths.sum()]"),
+)  # fmt: skip
+
+MODELS = (
+    ("scores: temperature forgotten in the ratio", "logits not divided",
+     "temperature = 1.0 if isinstance(of, Sequences) else of.temperature", "temperature = 1.0"),
+    ("old log-probs: the engine's, exact or not", "ratios of rounding",
+     "engine.logprobs.exact and rollouts.logp is not None", "rollouts.logp is not None"),
+    ("reference: adapters stay on", "reference and policy are one",
+     "with torch.no_grad(), self._adapters_off(role.module):", "with torch.no_grad():"),
+    ("reference: has a gradient", "it is trained along",
+     "            if not role.role.trainable:\n                module.requires_grad_(False)\n", "",
+     (f"{T}/test_core_models.py",)),
+    ("micro-batches: pairs are cut in two", "chosen without rejected",
+     "units = ordered if keep_groups else", "units = ordered if not keep_groups else", (f"{T}/test_core_sequences.py",
+     )),
+    ("micro-batches: the last is dropped", "gradients of a part",
+     "    if taken:\n        yield", "    if taken and len(taken) > 1:\n        yield", (f"{T}/test_core_sequences.py",
+     )),
+    ("micro-batches: above the budget", "the longest is forgotten",
+     "longest_then * (len(taken) + len(unit)) > budget", "longest * (len(taken) + len(unit)) > budget",
+     (f"{T}/test_core_sequences.py",)),
+    ("roles: one rate for all", "the critic learns at the policy's", "rate = plans[owner].role.learning_rate",
+     "rate = None"),
+    ("roles: all from one seed", "heads and adapters start alike",
+     'derive(plan.run.seed, "init", role.name)', 'derive(plan.run.seed, "init")'),
+    ("roles: scores in another order", "values for log-probs",
+     "found.update(zip(trained, scores, strict=True))",
+     "found.update(zip(sorted(trained, reverse=True), scores, strict=True))"),
+)  # fmt: skip
+
+LOOP_TABLE = (
+    ("step: totals of this rank", "ranks of unequal size weigh alike",
+     "Totals(*(int(n) for n in backend.world.sum(counts).tolist()))", "Totals(*(int(n) for n in counts.tolist()))",
+     (RANKS,)),
+    ("step: the reported loss is the last micro-batch's", "it isn't summed",
+     'logged["loss"] += loss.detach()', 'logged["loss"] = loss.detach()', (f"{CUT}[sft]",)),
+    ("step: an update a micro-batch", "gradients aren't accumulated",
+     "backend.backward(loss)\n", "backend.backward(loss); backend.update(factor)\n", (f"{CUT}[sft]",)),
+    ("step: gradients of the first micro-batch only", "the rest is dropped",
+     "backend.backward(loss)\n", 'backend.backward(loss if not float(logged["loss"]) else loss.detach())\n',
+     (f"{CUT}[sft]",)),
+    ("step: not seeded", "a step depends on what came before it",
+     'reseed(derive(run.seed, "step", self.step))', "pass", (EVALUATION,)),
+    ("step: seeded with the run's seed alone", "every step draws the same",
+     'reseed(derive(run.seed, "step", self.step))', 'reseed(derive(run.seed, "step"))',
+     (f"{LOOP}::test_each_step_draws_anew_and_by_its_number_alone",)),
+    ("epochs: every pass in one order", "minibatches are not shuffled anew",
+     '"minibatch", self.step, epoch)', '"minibatch", self.step)', (MINIBATCHES,)),
+    ("minibatches: rows are lost", "groups are drawn among the rows",
+     'units = torch.unique(group) if unit == "group" else torch.arange(len(experience))', "units = torch.unique(group)",
+     (MINIBATCHES,)),
+    ("schedule: a step ahead", "off by one",
+     "parts.optimizer.factor(self.step, self.steps)", "parts.optimizer.factor(self.step + 1, self.steps)",
+     (f"{LOOP}::test_the_schedule_begins_with_the_first_step_and_ends_with_the_last",)),
+    ("schedule: of the data's length", "another end", "parts.optimizer.factor(self.step, self.steps)",
+     "parts.optimizer.factor(self.step, self.steps + 1)",
+     (f"{LOOP}::test_the_schedule_begins_with_the_first_step_and_ends_with_the_last",)),
+    ("early stop: ignored", "all epochs are made", "if algorithm.minibatch_done(metrics):", "if False:",
+     (f"{LOOP}::test_an_early_stop_leaves_the_batchs_rest_out",)),
+    ("metrics: summed up to an early stop", "not their mean", "{**{n: s / updates for n, s", "{**{n: s for n, s",
+     (f"{LOOP}::test_an_early_stop_leaves_the_batchs_rest_out",)),
+    ("metrics: summed over updates", "not their mean", "{**{name: total / updates for name", "{**{name: total for name",
+     (f"{LOOP}::test_metrics_are_means_over_a_steps_updates",)),
+    ("resume: nothing is restored", "but for the step's number", "        restore(parts, state)\n", "", (RESUME,)),
+    ("resume: what was computed of rows is lost", "the reference is run again",
+     'parts.data.load_state(state["data"])', "pass",
+     ("tests/core/test_core_loop.py::test_a_resumed_run_keeps_the_references_log_probs",)),
+    ("best: the worst", "direction upside down", 'value > before if direction == "max"',
+     'value < before if direction == "max"',
+     (f"{LOOP}::test_the_best_checkpoint_is_kept_besides_the_newest",
+      f"{LOOP}::test_better_is_higher_for_a_reward_and_lower_for_a_loss")),
+    ("critic warm-up: the algorithm doesn't know the step", "it warms up for ever",
+     "parts.algorithm.step = self.step", "pass", (f"{LOOP}::test_critic_warm_up_moves_the_value_model_alone",)),
+    ("sync: the engine isn't told of new weights", "it samples from the old policy",
+     'with clock("sync"):\n            self._sync(self.step + 1)', 'with clock("sync"):\n            pass',
+     (f"{LOOP}::test_the_engine_is_given_new_weights_after_each_step",)),
+    ("sync: the version of the weights before", "a resumed run says another", "self._sync(self.step + 1)",
+     "self._sync(self.step)",
+     (f"{LOOP}::test_the_engine_is_given_new_weights_after_each_step",)),
+    ("sync: before the update", "the engine is a step behind",
+     '"update"):\n            learnt = self._learn(experience)\n        with clock("sync"):\n            self._sync('
+     "self.step + 1)",
+     '"sync"):\n            self._sync(self.step + 1)\n        with clock("update"):\n            learnt = self._learn('
+     "experience)",
+     (f"{LOOP}::test_the_engine_is_given_new_weights_after_each_step",)),
+)  # fmt: skip
+
+OFFLINE = (
+    ("reference kept of the wrong row", "in the order computed",
+     "kept = [self._kept[row] for row in rows]", "kept = list(self._kept.values())[: len(rows)]"),
+    ("reference kept in the order of rows", "sorted", "kept = [self._kept[row] for row in rows]",
+     "kept = [self._kept[row] for row in sorted(rows)]"),
+    ("a row that comes twice is one group", "four sequences in a pair",
+     "examples = [(i, example) for i, row in enumerate(rows)", "examples = [(row, example) for row in rows"),
+    ("masks of rows are dropped", "context is learnt", "masks=[example.mask for _, example in examples],",
+     "masks=None,"),
+    ("prompts are matched with the one before", "other prompts than meant",
+     "prompt_of.append(same[0] if same else len(prompts) - 1)", "prompt_of.append(0 if same else len(prompts) - 1)"),
+    ("what was computed isn't restored", "computed again from a policy that has moved",
+     'rows: list[int] = state.get("rows", [])', "rows: list[int] = []"),
+    ("what was computed isn't kept", "computed at every pass", "for row in rows if row not in self._kept",
+     "for row in rows"),
+)  # fmt: skip
+
+ROLLOUTS = (
+    ("rewards: weights are ignored", "all weigh 1", "total + source.weight * part", "total + part"),
+    ("rewards: what failed counts as 0", "a number nobody gave", "    if not failed:\n", "    if True:\n"),
+    ("rewards: only the failed one is left out", "its group is compared without it",
+     "if group not in lost]", "if i not in failed]"),
+    ("rollouts: temperature of training in evaluation", "log-probs of another distribution",
+     "self._temperature if temperature is None else temperature", "self._temperature"),
+    ("rollouts: two requests of a prompt share a seed", "the same response twice",
+     "derive(seed, purpose, place, nth)", "derive(seed, purpose, place)"),
+    ("rollouts: every step's seeds are the same", "the step is forgotten", "derive(seed, purpose, place, nth)",
+     "derive(seed, place, nth)"),
+    ("rollouts: rows of other requests", "by request, not by response",
+     "rows=tuple(request.prompt.row for request in of_response)",
+     "rows=tuple(requests[i % len(requests)].prompt.row for i in range(len(of_response)))"),
+    ("rollouts: every response is a group", "nothing to compare with",
+     "groups = [i for i, request in enumerate(requests) for _ in range(request.count)]",
+     "groups = list(range(len(of_response)))"),
+)  # fmt: skip
+
+DATA = (
+    ("data: every pass in one order", "the number of the pass is forgotten", "np.random.default_rng([seed, number])",
+     "np.random.default_rng([seed])"),
+    ("data: held-out rows are learnt", "and the rest held out", "for wanted in (False, True)]",
+     "for wanted in (True, False)]"),
+    ("data: beyond the end", "rows come twice", "min(start + self.batch_size, last)", "start + self.batch_size"),
+    ("data: the last step is dropped", "rounded down", "-(-end_of(count, epochs) // batch_size)",
+     "max(1, end_of(count, epochs) // batch_size)"),
+    ("data: batches overlap", "off by one", "start = step * self.batch_size", "start = step * (self.batch_size - 1)"),
+    ("seeds: the run's is ignored", "every seed gives one run", "[str(seed), *map(str, parts)]", "[*map(str, parts)]"),
+)  # fmt: skip
+
+METRICS = (
+    ("metrics: a mean of means", "calls weigh alike", "count + values.numel()", "count + 1.0"),
+    ("metrics: mask dropped", "a tool's tokens are counted", "        if mask is not None:\n            values",
+     "        if False:\n            values"),
+    ("metrics: ranks for themselves", "each reports its own", "table = world.sum(table)", "table = table.clone()"),
+)  # fmt: skip
+
+HELDOUT = (
+    ("held out: sampled at the temperature of training", "evaluation is random",
+     '"heldout", run.eval_temperature)', '"heldout")',
+     (f"{LOOP}::test_held_out_prompts_are_sampled_at_the_temperature_of_evaluation",)),
+    ("held out: a loss per micro-batch", "how rows are cut changes it",
+     "totals = Totals(sequences.token_count, len(sequences), sequences.group_count)", "totals = Totals(1, 1, 1)",
+     (f"{EVALUATION}[dpo]",)),
+    ("held out: not seeded", "each evaluation is of other samples", 'reseed(derive(run.seed, "heldout"))', "pass",
+     (f"{LOOP}::test_every_evaluation_draws_the_same",)),
+)  # fmt: skip
+
+TABLES = (
+    (f"{C}/sequences.py", (f"{T}/test_core_sequences.py",), SEQUENCES),
+    (f"{C}/models.py", (f"{T}/test_core_models.py",), MODELS),
+    (f"{C}/loop.py", (LOOP,), LOOP_TABLE),
+    (f"{C}/offline.py", (f"{T}/test_core_offline.py",), OFFLINE),
+    (f"{C}/rollouts.py", (f"{T}/test_core_rollouts.py",), ROLLOUTS),
+    (f"{C}/data.py", (f"{T}/test_core_data.py",), DATA),
+    (f"{C}/interfaces.py", (f"{T}/test_core_models.py",), METRICS),
+    (f"{C}/heldout.py", (LOOP,), HELDOUT),
+)
