@@ -345,10 +345,10 @@ def planned(typed: Typed, registry: Registry, *words: str) -> Plan:
 
 @pytest.mark.parametrize("name", ["4bit", "8bit"])
 def test_a_trained_role_needs_adapters(name: str, typed: Typed, installed: Registry) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: others may be at work
     with pytest.raises(RequestError) as error:
         planned(typed, installed, "--algo", "ppo", "--mem", name)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert [problem.what for problem in error.value.problems] == [
         f"--mem {name}: the role {role} is trained, and quantised weights take no gradient"
         for role in ("policy", "value")
