@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import attrs
 
 from rlhf.api import MemoryEntry, hookimpl, option
-from rlhf_plugins.memory.rules import known_version, only_trained, under_adapters, whole_blocks
+from rlhf_plugins.memory.rules import bitsandbytes_from, only_trained, under_adapters, whole_blocks
 
 # bitsandbytes, which PEFT imports wherever it is installed, warns of a kernel that it lacks and that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -88,7 +88,7 @@ def rlhf_memory() -> Iterator[MemoryEntry]:
         phase="adapt",
         slot="quantisation",
         provides={"quantised"},
-        constraints=(under_adapters, known_version, whole_blocks),
+        constraints=(under_adapters, bitsandbytes_from("0.48"), whole_blocks),
         modules=BITSANDBYTES,
     )
     yield MemoryEntry(
@@ -99,7 +99,7 @@ def rlhf_memory() -> Iterator[MemoryEntry]:
         phase="adapt",
         slot="quantisation",
         provides={"quantised"},
-        constraints=(under_adapters, known_version),
+        constraints=(under_adapters, bitsandbytes_from("0.48")),
         modules=BITSANDBYTES,
     )
     yield MemoryEntry(

@@ -11,8 +11,8 @@ on a CPU; a GPU multiplies in int8 and rounds each input row to 8 bits first, bu
 What bitsandbytes 0.50.2 does on a CPU to modules in evaluation mode, and ours are never in another, is turned off:
 with AVX512-BF16 it repacks 4-bit weights at the first forward without gradient, for a kernel that has no backward (the
 gradient of every layer below would be lost, without an error) and computes in bfloat16 whatever was asked for; and it
-rounds what comes into int8 weights. What can't be turned off is refused: it unpacks 4-bit weights wrongly on a CPU
-where a row is no multiple of 64 (see `rules.whole_blocks`, which knows it before anything is loaded).
+rounds what comes into int8 weights. What can't be turned off is refused: from 0.49 on it unpacks 4-bit weights
+wrongly on a CPU where a row is no multiple of 64 (`rules.whole_blocks` knows it before anything is loaded).
 """
 
 from __future__ import annotations

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rlhf.api import Plan, PlannedComponent, Problem, RolePlan
 
-OLDEST_BITSANDBYTES = (0, 48)
-"""The first that was tried here: 4-bit and 8-bit products and 8-bit optimiser states on a CPU."""
+Constraint = Callable[[Plan, PlannedComponent], Iterable[Problem]]
 
 
 def only_trained(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
@@ -40,20 +39,31 @@ def under_adapters(plan: Plan, component: PlannedComponent) -> Iterable[Problem]
             yield Problem(what, f"leave --mem {name} out for it, or give the model it was made from")
 
 
-def known_version(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
-    """bitsandbytes is of a version that does this."""
-    found, numbers = _bitsandbytes()
-    if numbers < OLDEST_BITSANDBYTES:
-        oldest = ".".join(map(str, OLDEST_BITSANDBYTES))
-        what = f"--{component.kind} {component.name} needs bitsandbytes {oldest} or newer, and {found} is installed"
-        yield Problem(what, f"pip install 'bitsandbytes>={oldest}'")
+def bitsandbytes_from(oldest: str, on_cpu: str = "") -> Constraint:
+    """The installed bitsandbytes is one that was seen to work, or newer.
+
+    Args:
+        on_cpu: the oldest where there is no GPU, if that is another.
+    """
+
+    def known(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
+        cpu = "cuda" not in plan.machine.provides
+        needed = on_cpu if cpu and on_cpu else oldest
+        found, numbers = _bitsandbytes()
+        if numbers < _numbers(needed):
+            where = " on a CPU" if cpu and on_cpu else ""
+            what = f"--{component.kind} {component.name} needs bitsandbytes {needed} or newer{where}"
+            yield Problem(f"{what}, and {found} is installed", f"pip install 'bitsandbytes>={needed}'")
+
+    return known
 
 
 def whole_blocks(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
-    """Rows are of whole blocks of 64 weights, where bitsandbytes unpacks no others: up to 0.50 on a CPU. Of what
-    config.json doesn't tell, and of later versions, the loading judges by trial."""
+    """Rows are of whole blocks of 64 weights, where bitsandbytes unpacks no others: on a CPU from 0.49 to 0.50, as tried
+    with 0.48.0 (right), 0.49.0, 0.49.2, 0.50.0 and 0.50.2 (wrong). Of what config.json doesn't tell, and of later
+    versions, the loading judges by trial."""
     found, numbers = _bitsandbytes()
-    if "cuda" in plan.machine.provides or numbers > (0, 50):
+    if "cuda" in plan.machine.provides or not (0, 49) <= numbers <= (0, 50):
         return
     for role in _those_with(plan, component):
         sizes = [role.model.get(*names) for names in (("hidden_size", "n_embd"), ("intermediate_size", "n_inner"))]
@@ -70,7 +80,11 @@ def _bitsandbytes() -> tuple[str, tuple[int, ...]]:
         found = importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError:
         return "of its own", (1 << 30,)
-    return found, tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    return found, _numbers(found)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _those_with(plan: Plan, component: PlannedComponent) -> list[RolePlan]:

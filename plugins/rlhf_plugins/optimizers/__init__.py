@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from rlhf.api import OptimizerEntry, hookimpl, option
-from rlhf_plugins.memory.rules import known_version
+from rlhf_plugins.memory.rules import bitsandbytes_from
 
 
 @attrs.frozen(kw_only=True)
@@ -56,6 +56,6 @@ def rlhf_optimizers() -> Iterable[Any]:
         config=AdamW8bitConfig,
         impl="rlhf_plugins.optimizers.adamw8bit:AdamW8bit",
         requires={"whole-gradients"},
-        constraints=(known_version,),
+        constraints=(bitsandbytes_from("0.48", on_cpu="0.50"),),
         modules={"bitsandbytes": "pip install 'rlhf-kit[quant]'"},
     )
