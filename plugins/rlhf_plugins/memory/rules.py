@@ -59,8 +59,8 @@ def bitsandbytes_from(oldest: str, on_cpu: str = "") -> Constraint:
 
 
 def whole_blocks(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
-    """Rows are of whole blocks of 64 weights, where bitsandbytes unpacks no others: on a CPU from 0.49 to 0.50, as tried
-    with 0.48.0 (right), 0.49.0, 0.49.2, 0.50.0 and 0.50.2 (wrong). Of what config.json doesn't tell, and of later
+    """Rows are of whole blocks of 64 weights, where bitsandbytes unpacks no others: on a CPU from 0.49 to 0.50, as
+    tried with 0.48.0 (right), 0.49.0, 0.49.2, 0.50.0 and 0.50.2 (wrong). Of what config.json doesn't tell, and of later
     versions, the loading judges by trial."""
     found, numbers = _bitsandbytes()
     if "cuda" in plan.machine.provides or not (0, 49) <= numbers <= (0, 50):
