@@ -16,6 +16,7 @@ from pathlib import Path
 import attrs
 import click
 from api_page import api_page, constant
+from sizes_page import sizes_page
 
 from rlhf import cli, hooks, options, registry
 from rlhf.cli.recipes import _KIND_HELP
@@ -64,7 +65,11 @@ ABOUT = {
     "listen unasked.",
     "launch": "A launcher starts the processes of a run.",
 }
-MACHINE = {"cuda": "the machine has an NVIDIA GPU", "bf16": "the GPUs, or else the CPU, compute in bfloat16"}
+MACHINE = {
+    "cuda": "the machine has an NVIDIA GPU",
+    "bf16": "the GPUs, or else the CPU, compute in bfloat16",
+    "fast-bf16": "they do so faster than in float32",
+}
 """What `rlhf.facts.Machine` can provide."""
 
 
@@ -81,6 +86,9 @@ def pages() -> dict[str, str]:
     written["recipe.md"] = _recipe_page()
     written["run-directory.md"] = _run_directory_page()
     written["api.md"] = api_page(CORE)
+    algorithms = [entry for entry in of_kind["algo"] if isinstance(entry, AlgorithmEntry)]
+    roots = FOLDER.parents[1]
+    written["algorithm-sizes.md"] = sizes_page(algorithms, roots / "plugins", roots / "tests", table, cell, code)
     return {name: NOTE + "\n" + re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for name, text in written.items()}
 
 
@@ -172,7 +180,8 @@ def _facts(entry: Entry) -> list[str]:
     if entry.defaults:
         told.append(("sets where you don't", codes(f"{key}: {value}" for key, value in entry.defaults.items())))
     if entry.rank:
-        told.append(("taken unasked", f"yes, where it is legal (rank {entry.rank})"))
+        where = f"legal and the machine provides {codes(sorted(entry.worthwhile))}" if entry.worthwhile else "legal"
+        told.append(("taken unasked", f"yes, where it is {where} (rank {entry.rank})"))
     return [f"- {title}: {text}" for title, text in told] + [""] * bool(told)
 
 
@@ -230,6 +239,7 @@ def _starters_page(starters: list[StarterEntry]) -> str:
 
 def _capabilities_page(entries: list[Entry]) -> str:
     names = sorted({*MACHINE, *(name for e in entries for name in (*e.provides, *e.requires, *e.conflicts))})
+    names += sorted({name for e in entries for name in e.worthwhile} - {*names})
     rows = []
     for name in names:
         given = [f"{_link(e)}" for e in entries if name in e.provides]
@@ -330,6 +340,7 @@ def _recipe_page() -> str:
         ["`model`", "folder, run directory or hub id that the roles start from"],
         ["`data`", "a data file, folder or hub id, or a list of them"],
         ["`eval_data`", "held-out data, likewise; left out, a share of `data`"],
+        ["`ptx_data`", "completions that an algorithm which samples learns beside, by `ptx_coef`"],
         ["`roles`", "for one role: `model`, and `mem` in place of that for all"],
     ]
     lines += [

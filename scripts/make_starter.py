@@ -22,6 +22,7 @@ Layout of the output directory::
     prompts_train.jsonl  prompts_eval.jsonl   {"prompt", "answer"}              RL prompts with a checkable answer
     sft_train.jsonl      sft_eval.jsonl       {"prompt", "completion"}          right answers only
     pref_train.jsonl     pref_eval.jsonl      {"prompt", "chosen", "rejected"}  right answer against an obvious mistake
+    steps_train.jsonl    steps_eval.jsonl     {"prompt", "steps", "labels"}     one to four answers, each judged
     pretrain.jsonl                            {"prompt", "completion"}          makes the start model; need not ship
     model-init/                               config, random weights and tokenizer in Hugging Face format
 
@@ -35,7 +36,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 EOS_TOKEN = "<eos>"
 PAD_TOKEN = "<pad>"
@@ -174,11 +175,18 @@ def preference_row(problem: Problem, rng: random.Random) -> dict[str, str]:
     }
 
 
+def step_row(problem: Problem, rng: random.Random) -> dict[str, Any]:
+    """One to four answers to a problem, one a step, each right or an obvious mistake."""
+    labels = [rng.random() < 0.5 for _ in range(rng.randint(1, 4))]
+    answers = [problem.total if right else obvious_mistake(problem.a, problem.b, rng) for right in labels]
+    return {"prompt": problem.prompt, "steps": [f" {answer}" for answer in answers], "labels": labels}
+
+
 def pretrain_row(problem: Problem, rng: random.Random) -> dict[str, str]:
     return {"prompt": problem.prompt, "completion": f" {usual_answer(problem.a, problem.b, rng)}"}
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -197,6 +205,9 @@ def make_data(out: Path, seed: int, train_size: int, eval_size: int, pretrain_si
         rng = random.Random(f"{seed}/pref/{split}")
         problems = draw_problems(pairs, count, rng)
         write_jsonl(out / f"pref_{split}.jsonl", [preference_row(problem, rng) for problem in problems])
+        rng = random.Random(f"{seed}/steps/{split}")
+        problems = draw_problems(pairs, count, rng)
+        write_jsonl(out / f"steps_{split}.jsonl", [step_row(problem, rng) for problem in problems])
 
     # Repeats are wanted here: the same problem with different answers is what makes the start model undecided.
     rng = random.Random(f"{seed}/pretrain")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from rlhf.facts import Machine
 from rlhf.plan import resource
 from rlhf.recipe import Recipe
 from rlhf.registry import Registry
+from warm import Ranks
+
+pytest_plugins = ["rlhf.testing.plugin"]  # the kit's; of its entry point's very name, so that it is loaded once
 
 # One thread a test process: models here are tiny, and pytest-xdist's workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +32,33 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     shutil.copytree(resource("rlhf_plugins.starter:model"), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def one() -> Iterator[Ranks]:
+    """A warm process: the libraries are imported once for many runs."""
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    """Two warm ranks."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(autouse=True)
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub as tests know it: all is there but what is of `runs` or `nosuch`. It is never asked over a network."""
+    from rlhf import hub
+
+    def unavailable(kind: str, name: str) -> str:
+        return "the fake hub has no such thing" if name.startswith(("runs/", "nosuch")) else ""
+
+    monkeypatch.setattr(hub, "unavailable", unavailable)
 
 
 @pytest.fixture(scope="session")

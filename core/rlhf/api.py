@@ -12,11 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rlhf import API_VERSION
+from rlhf.component import Component, Context, Launcher
 from rlhf.entries import (
     POLICY,
     AlgorithmEntry,
     BackendEntry,
     EngineEntry,
+    Follows,
     FormatEntry,
     LauncherEntry,
     MemoryEntry,
@@ -25,28 +27,47 @@ from rlhf.entries import (
     RewardEntry,
     Role,
     StarterEntry,
+    Times,
     TrackerEntry,
 )
-from rlhf.errors import Interrupted, Problem, RequestError, RowError, RunError
+from rlhf.errors import Interrupted, Problem, RankLost, RequestError, RowError, RunError
 from rlhf.floor import AttentionShape, ModelShape
 from rlhf.hooks import hookimpl
 from rlhf.options import option
+from rlhf.place import Place, here
 from rlhf.plan import Component as PlannedComponent
 from rlhf.plan import Plan, RolePlan
-from rlhf.rows import CompletionRow, LabelledRow, Message, PreferenceRow, PromptRow
+from rlhf.planning.activations import transformer
+from rlhf.planning.architecture import Architecture, Weight
+from rlhf.planning.footprint import (
+    Activations,
+    Footprint,
+    ForwardBatch,
+    ModuleMemory,
+    Passes,
+    copied,
+    divided,
+    moments,
+    on_disk,
+    on_host,
+    precision,
+    recomputed,
+    unchanged,
+)
+from rlhf.rank import PARENT_PIPE, REPORT, Report
+from rlhf.rows import CompletionRow, LabelledRow, Message, PreferenceRow, PromptRow, RewardedRow, StepRow
+from rlhf.schedules import schedule
 
 if TYPE_CHECKING:
+    from rlhf.checkpoint import Piece, Spread
     from rlhf.interfaces import (
         Algorithm,
         Backend,
         Codec,
-        Component,
-        Context,
         Engine,
         Failed,
         Format,
         HeadRequest,
-        Launcher,
         LoadSpec,
         LogProbs,
         MemoryStrategy,
@@ -58,13 +79,19 @@ if TYPE_CHECKING:
         StepResult,
         Tracker,
         TrainedParameter,
-        World,
+        Weights,
     )
+    from rlhf.metrics import MetricSink
+    from rlhf.mixture import completion_example
+    from rlhf.scaling import LossScaler
     from rlhf.sequences import (
         Batch,
+        Comparison,
+        Divergence,
         Example,
         Experience,
         Generation,
+        LogitSource,
         Prompt,
         Rollouts,
         Sample,
@@ -73,27 +100,35 @@ if TYPE_CHECKING:
         Sequences,
         Totals,
         group_mean,
+        policy_mean,
         sequence_mean,
         sequence_sum,
         token_mean,
     )
+    from rlhf.world import World, join
 
 _LAZY = {
     **dict.fromkeys(
         (
-            "Algorithm", "Backend", "Codec", "Component", "Context", "Engine", "Failed", "Format", "HeadRequest",
-            "Launcher", "LoadSpec", "LogProbs", "MemoryStrategy", "OptimizerStrategy", "Policy", "Reward", "Score",
-            "State", "StepResult", "Tracker", "TrainedParameter", "World",
+            "Algorithm", "Backend", "Codec", "Engine", "Failed", "Format", "HeadRequest",
+            "LoadSpec", "LogProbs", "MemoryStrategy", "OptimizerStrategy", "Policy", "Reward", "Score",
+            "State", "StepResult", "Tracker", "TrainedParameter", "Weights",
         ),
         "rlhf.interfaces",
     ),
+    "LossScaler": "rlhf.scaling",
+    "completion_example": "rlhf.mixture",
+    "MetricSink": "rlhf.metrics",
     **dict.fromkeys(
         (
-            "Batch", "Example", "Experience", "Generation", "Prompt", "Rollouts", "Sample", "ScoreRequest", "Scores",
-            "Sequences", "Totals", "group_mean", "sequence_mean", "sequence_sum", "token_mean",
+            "Batch", "Comparison", "Divergence", "Example", "Experience", "Generation", "LogitSource", "Prompt",
+            "Rollouts", "Sample", "ScoreRequest", "Scores", "Sequences",
+            "Totals", "group_mean", "policy_mean", "sequence_mean", "sequence_sum", "token_mean",
         ),
         "rlhf.sequences",
     ),
+    **dict.fromkeys(("World", "join"), "rlhf.world"),
+    **dict.fromkeys(("Piece", "Spread"), "rlhf.checkpoint"),
 }  # fmt: skip
 
 
@@ -105,24 +140,33 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "API_VERSION",
+    "PARENT_PIPE",
     "POLICY",
+    "REPORT",
+    "Activations",
     "Algorithm",
     "AlgorithmEntry",
+    "Architecture",
     "AttentionShape",
     "Backend",
     "BackendEntry",
     "Batch",
     "Codec",
+    "Comparison",
     "CompletionRow",
     "Component",
     "Context",
+    "Divergence",
     "Engine",
     "EngineEntry",
     "Example",
     "Experience",
     "Failed",
+    "Follows",
+    "Footprint",
     "Format",
     "FormatEntry",
+    "ForwardBatch",
     "Generation",
     "HeadRequest",
     "Interrupted",
@@ -131,12 +175,19 @@ __all__ = [
     "LauncherEntry",
     "LoadSpec",
     "LogProbs",
+    "LogitSource",
+    "LossScaler",
     "MemoryEntry",
     "MemoryStrategy",
     "Message",
+    "MetricSink",
     "ModelShape",
+    "ModuleMemory",
     "OptimizerEntry",
     "OptimizerStrategy",
+    "Passes",
+    "Piece",
+    "Place",
     "Plan",
     "PlannedComponent",
     "Policy",
@@ -145,9 +196,12 @@ __all__ = [
     "Problem",
     "Prompt",
     "PromptRow",
+    "RankLost",
+    "Report",
     "RequestError",
     "Reward",
     "RewardEntry",
+    "RewardedRow",
     "Role",
     "RolePlan",
     "Rollouts",
@@ -158,18 +212,37 @@ __all__ = [
     "ScoreRequest",
     "Scores",
     "Sequences",
+    "Spread",
     "StarterEntry",
     "State",
     "StepResult",
+    "StepRow",
+    "Times",
     "Totals",
     "Tracker",
     "TrackerEntry",
     "TrainedParameter",
+    "Weight",
+    "Weights",
     "World",
+    "completion_example",
+    "copied",
+    "divided",
     "group_mean",
+    "here",
     "hookimpl",
+    "join",
+    "moments",
+    "on_disk",
+    "on_host",
     "option",
+    "policy_mean",
+    "precision",
+    "recomputed",
+    "schedule",
     "sequence_mean",
     "sequence_sum",
     "token_mean",
+    "transformer",
+    "unchanged",
 ]

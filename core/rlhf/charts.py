@@ -12,6 +12,9 @@ Points = Sequence[tuple[float, float | None]]
 STRETCHES = 400
 """Longer curves are drawn by the lowest and the highest point of so many stretches, so that no spike is lost."""
 
+COLUMNS = 150
+"""Of more steps, neighbours share a column."""
+
 
 def is_number(value: Any) -> TypeGuard[float]:
     """A finite number that a float can hold; true and false are none."""
@@ -80,3 +83,50 @@ def _thinned(points: Points) -> Points:
         if len(finite) < len(stretch):
             kept.append((stretch[-1][0], None))
     return kept
+
+
+def bar(parts: Sequence[tuple[str, float]], unit: str) -> str:
+    """What something is made of, as one bar: parts in order, each as wide as its share. Inline SVG.
+
+    Args:
+        parts: (name, value >= 0), not all 0.
+    """
+    total = sum(value for _, value in parts)
+    pieces, left = [], 4.0
+    for at, (name, value) in enumerate(parts):
+        width = 592 * value / total
+        label = escape(f"{name}: {written(value)} {unit}, {value / total:.1%}")
+        pieces.append(f'<rect class="p{at}" x="{left:.1f}" y="4" width="{width:.1f}" height="24">'
+                      f"<title>{label}</title></rect>")  # fmt: skip
+        left += width
+    return f'<svg viewBox="0 0 600 32" role="img">{"".join(pieces)}</svg>'
+
+
+def columns(name: str, steps: Sequence[tuple[float, Sequence[float]]], unit: str) -> str:
+    """A column a step, of parts on top of each other, the first lowest. Inline SVG.
+
+    Args:
+        steps: (step, parts, each >= 0) by step; of more than `COLUMNS`, neighbours are drawn as their mean.
+    """
+    count = min(len(steps), COLUMNS)
+    drawn = []
+    for i in range(count):
+        stretch = [parts for _, parts in steps[i * len(steps) // count : (i + 1) * len(steps) // count]]
+        drawn.append([sum(values) / len(stretch) for values in zip(*stretch, strict=True)])
+    high = max((sum(parts) for parts in drawn), default=0.0) or 1.0
+    pieces = []
+    for i, parts in enumerate(drawn):
+        left, width, foot = 4 + 592 * i / count, 592 / count, 116.0
+        for at, value in enumerate(parts):
+            height = 106 * value / high
+            foot -= height
+            pieces.append(
+                f'<rect class="p{at}" x="{left:.1f}" y="{foot:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+            )
+    label = escape(f"{name}, at most {written(high)} {unit}")
+    ends = f"steps {written(steps[0][0])} to {written(steps[-1][0])}" if steps else ""
+    return (
+        f'<svg viewBox="0 0 600 130" role="img" aria-label="{label}">{"".join(pieces)}'
+        f'<path class="frame" d="M4 10H596M4 116H596"/><text x="4" y="8">{written(high)} {escape(unit)}</text>'
+        f'<text x="596" y="126" text-anchor="end">{ends}</text></svg>'
+    )

@@ -17,8 +17,8 @@ import attrs
 
 from rlhf import facts, suggest
 from rlhf.draft import Ask, Choice, Draft, draft
-from rlhf.entries import KINDS, SINGLE, AlgorithmEntry, Entry, MemoryEntry, StarterEntry
-from rlhf.errors import Problem, RequestError
+from rlhf.entries import KINDS, SINGLE, AlgorithmEntry, Entry, MemoryEntry, Role, StarterEntry, Times
+from rlhf.errors import PluginError, Problem, RequestError
 from rlhf.facts import Machine, ModelFacts
 from rlhf.options import structure
 from rlhf.plan import Component, Plan
@@ -58,9 +58,21 @@ def compose(
     raise RequestError(first.problems, _nearest(ask))
 
 
-def chosen_entries(recipe: Recipe, registry: Registry) -> dict[str, dict[str, Entry]]:
-    """The components that a recipe would use, for `--help`: by kind, what options address them by -> entry. Named
-    ones, even where an option that they need is missing, and those taken unasked.
+@attrs.frozen
+class Chosen:
+    """What a recipe would use, for `--help`."""
+
+    entries: Mapping[str, Mapping[str, Entry]]
+    """By kind, what options address them by -> entry. Named ones, even where an option that they need is missing, and
+    those taken unasked."""
+    settings: Mapping[str, Any]
+    """Recipe keys -> what stands where the user says nothing, in place of an option's own default."""
+    setters: Mapping[str, str]
+    """Recipe keys -> who set them."""
+
+
+def chosen_by(recipe: Recipe, registry: Registry) -> Chosen:
+    """What a recipe would use.
 
     Raises:
         RequestError: one that was named isn't there.
@@ -80,7 +92,7 @@ def chosen_entries(recipe: Recipe, registry: Registry) -> dict[str, dict[str, En
                 found[kind][pick.key] = entry
     if problems:
         raise RequestError(problems)
-    return found
+    return Chosen(found, choice.settings if choice else {}, choice.setters if choice else {})
 
 
 def _nearest(ask: Ask) -> str:
@@ -108,7 +120,7 @@ def choices(ask: Ask) -> Iterator[Choice]:
         if not isinstance(entry, AlgorithmEntry):
             continue
         starter = _starter(ask.registry, entry)
-        settings = _settings(ask.recipe, algo, entry, starter)
+        settings, setters, scaled = _settings(ask, algo, entry, starter)
         kinds = [kind for kind in SINGLE if kind != "engine" or "rollouts" in entry.requires or named.get("engine")]
         slots = sorted({e.slot for e in _memory(ask.registry) if e.slot and e.rank})
         candidates = [
@@ -129,6 +141,8 @@ def choices(ask: Ask) -> Iterator[Choice]:
                 fillers=tuple(pick for pick in chosen[len(kinds) :] if pick is not None),
                 starter=starter,
                 settings=settings,
+                setters=setters,
+                scaled=scaled,
             )
 
 
@@ -168,7 +182,8 @@ def _slot(ask: Ask, slot: str, settings: Mapping[str, Any]) -> list[Pick]:
     members = {entry.name: entry for entry in _memory(ask.registry) if entry.slot == slot}
     if any(pick.name in members for pick in ask.recipe.picks.get("mem", ())):
         return []
-    ranked = [Pick(name) for name, entry in members.items() if entry.rank]
+    able = ask.machine.provides
+    ranked = [Pick(name) for name, entry in members.items() if entry.rank and entry.worthwhile <= able]
     preferred = [pick for pick in _picks(settings.get("mem")) if pick in ranked]
     return [*preferred, *(pick for pick in ranked if pick not in preferred)]
 
@@ -184,16 +199,49 @@ def _starter(registry: Registry, entry: AlgorithmEntry) -> StarterEntry | None:
     return max(fitting, key=lambda s: (bool(s.algorithms), s.rank), default=None)
 
 
-def _settings(recipe: Recipe, algo: Pick, entry: AlgorithmEntry, starter: StarterEntry | None) -> dict[str, Any]:
-    """What stands where the user says nothing: the algorithm's defaults, then the starter's for its own parts."""
-    settings = dict(entry.defaults)
-    if starter is None:
-        return settings
+def _settings(
+    ask: Ask, algo: Pick, entry: AlgorithmEntry, starter: StarterEntry | None
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """What stands where the user says nothing: the algorithm's defaults, then the starter's for its own parts, then
+    what the memory strategies of all trained roles set or multiply. Who set each. And why, of what was multiplied."""
+    recipe, settings = ask.recipe, dict(entry.defaults)
+    setters = dict.fromkeys(settings, entry.name)
     config, problems = structure(entry.config, {**algo.options, **recipe.options.get("algo", {})}, "--algo.")
-    roles = () if problems else roles_of(Component(entry, config))
-    left = [r for r in roles if r.start == "model" and not recipe.roles.get(r.name, RoleRecipe()).model]
-    own_model, own_data = not recipe.model and bool(left or problems), not recipe.data
-    settings.update(starter.with_model if own_model else {})
-    settings.update(starter.with_data if own_data else {})
-    settings.update(starter.with_both if own_model and own_data else {})
-    return settings
+    try:
+        roles = () if problems else roles_of(Component(entry, config))
+    except PluginError:  # the draft tells of it
+        roles = ()
+    if starter is not None:
+        left = [r for r in roles if r.start == "model" and not recipe.roles.get(r.name, RoleRecipe()).model]
+        own_model, own_data = not recipe.model and bool(left or problems), not recipe.data
+        for given, its_own in (
+            (starter.with_model, own_model),
+            (starter.with_data, own_data),
+            (starter.with_both, own_model and own_data),
+        ):
+            settings.update(given if its_own else {})
+            setters.update(dict.fromkeys(given, f"the starter {starter.name!r}") if its_own else {})
+    scaled: dict[str, str] = {}
+    for strategy in _of_all_trained(ask, roles):
+        for key, value in strategy.defaults.items():
+            before = settings.get(key)
+            if isinstance(value, Times):
+                usual = "what is usual" if before is None else f"the usual {before:g}"
+                if setters.get(key, entry.name) != entry.name:
+                    usual = f"the {before:g} of {setters[key]}"
+                settings[key] = value if before is None else value.of(before)
+                setters[key] = f"{strategy.name}: {value.factor:g} times {usual}"
+                scaled[key] = f"{value.factor:g} times {usual}, for --mem {strategy.name} ({value.source})"
+            elif before is None:
+                settings[key], setters[key] = value, strategy.name
+    return settings, setters, scaled
+
+
+def _of_all_trained(ask: Ask, roles: Sequence[Role]) -> list[MemoryEntry]:
+    """The memory strategies named that every trained role has; a head on another's trunk has what that has."""
+    everyone = ask.recipe.picks.get("mem", ())
+    named: list[set[str]] = []
+    for role in (role for role in roles if role.trainable and role.shares is None):
+        own = ask.recipe.roles.get(role.name, RoleRecipe()).mem
+        named.append({pick.name for pick in (everyone if own is None else own)})
+    return [entry for entry in _memory(ask.registry) if named and all(entry.name in names for names in named)]

@@ -49,6 +49,8 @@ class Rows(Generic[T]):
     items: list[tuple[str, T]]
     refused: Refusals
     paths: tuple[str, ...]
+    split: int = 0
+    """Records that held several rows."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -62,27 +64,35 @@ class Rows(Generic[T]):
                 kept.append((where, make(row)))
             except RowError as error:
                 refused.add(str(error), where)
-        return Rows(kept, refused, self.paths)
+        return Rows(kept, refused, self.paths, self.split)
 
-    def require(self, user: str, row_type: type) -> Rows[T]:
+    def require(self, user: str, row_type: type, flag: str = "--data") -> Rows[T]:
         """These rows, if there are any.
+
+        Args:
+            flag: that they were given by.
 
         Raises:
             RequestError: none is left; says why and what is needed.
         """
         if self.items:
             return self
-        what = f"--data {' '.join(self.paths)}: none of its {self.refused.total} rows can be used by {user}"
+        what = f"{flag} {' '.join(self.paths)}: none of its {self.refused.total} rows can be used by {user}"
         cure = "columns of other names: --format.columns NAME_HERE=NAME_IN_THE_DATA"
         raise RequestError(Problem("\n    ".join([what, *self.refused.lines()]), f"{row_needs(row_type)}; {cure}"))
 
     def held_out(self, fraction: float, most: int, seed: int) -> tuple[Rows[T], Rows[T]]:
-        """(rows to learn from, rows held out); the latter empty where there are too few rows to spare any."""
-        count = min(int(len(self.items) * fraction), most)
-        order = np.random.default_rng([seed, 0x5EED]).permutation(len(self.items))
-        out = set(order[:count].tolist())
-        parts = [[item for i, item in enumerate(self.items) if (i in out) == wanted] for wanted in (False, True)]
-        return Rows(parts[0], self.refused, self.paths), Rows(parts[1], Refusals(), self.paths)
+        """(rows to learn from, rows held out); the latter empty where there are too few rows to spare any. Rows of one
+        record stay together."""
+        places = list(dict.fromkeys(where for where, _ in self.items)) if self.split else range(len(self.items))
+        count = min(int(len(places) * fraction), most)
+        order = np.random.default_rng([seed, 0x5EED]).permutation(len(places))
+        out = {places[i] for i in order[:count].tolist()}
+        keys = (where if self.split else i for i, (where, _) in enumerate(self.items))
+        parts: tuple[list[tuple[str, T]], list[tuple[str, T]]] = ([], [])
+        for key, item in zip(keys, self.items, strict=True):
+            parts[key in out].append(item)
+        return Rows(parts[0], self.refused, self.paths, self.split), Rows(parts[1], Refusals(), self.paths)
 
 
 def read(sources: Sequence[DataSource], row_type: type, context: Context) -> Rows[Any]:
@@ -92,22 +102,25 @@ def read(sources: Sequence[DataSource], row_type: type, context: Context) -> Row
         RequestError: a file can't be parsed.
     """
     items: list[tuple[str, Any]] = []
-    refused = Refusals()
+    refused, split = Refusals(), 0
     for source in sources:
         format_: Format = resolve(source.format)(source.format.config, context)
         for where, record in format_.read(source.path):
             try:
                 if isinstance(record, RowError):
                     raise record
-                items.append((where, row_type.from_record(record)))  # type: ignore[attr-defined]
+                several = getattr(row_type, "split", lambda record: None)(record)
+                for one in [record] if several is None else several:
+                    items.append((where, row_type.from_record(one)))  # type: ignore[attr-defined]
+                split += several is not None
             except RowError as error:
                 refused.add(str(error), where)
-    return Rows(items, refused, tuple(source.path for source in sources))
+    return Rows(items, refused, tuple(source.path for source in sources), split)
 
 
 @attrs.frozen
 class Feed:
-    """Which rows a step takes: a pure function of the seed and the step, so that there is no position to lose."""
+    """Which rows a step takes: a pure function of the seed and the step, and of how many rows were taken beside."""
 
     count: int
     batch_size: int
@@ -119,14 +132,31 @@ class Feed:
         """As many steps as asked for; else as many as `epochs` passes take, the last one perhaps smaller."""
         return cls(count, batch_size, seed, max_steps or -(-end_of(count, epochs) // batch_size))
 
-    def rows(self, step: int, last: int | None = None) -> list[int]:
+    def rows(self, step: int, last: int | None = None, taken: int = 0) -> list[int]:
         """Row numbers of a step (from 0). Passes follow each other without a seam, each in an order of its own.
 
         Args:
             last: positions from here on are left out: the end of the data where a run goes by epochs.
+            taken: rows beside their own that the steps before took: see `further`.
         """
         start = step * self.batch_size
-        stop = start + self.batch_size if last is None else min(start + self.batch_size, last)
+        return self._at(start + taken, self._stop(step, last) + taken)
+
+    def further(self, step: int, count: int, last: int | None = None, taken: int = 0) -> list[int]:
+        """So many more rows for a step, those that come next; the following steps begin behind them. So a run that
+        goes by epochs has the steps that it would have, and passes over the data more often.
+
+        Args:
+            taken: by the steps before, and by this one so far.
+        """
+        start = self._stop(step, last) + taken
+        return self._at(start, start + count)
+
+    def _stop(self, step: int, last: int | None) -> int:
+        stop = (step + 1) * self.batch_size
+        return stop if last is None else min(stop, last)
+
+    def _at(self, start: int, stop: int) -> list[int]:
         found: list[int] = []
         for position in range(start, stop):
             number, offset = divmod(position, self.count)

@@ -10,11 +10,11 @@ from typing import Any
 
 import attrs
 
-from rlhf import legality
-from rlhf.entries import MANY, AlgorithmEntry, FormatEntry, StarterEntry, address
-from rlhf.errors import Problem
+from rlhf import hub, legality
+from rlhf.entries import MANY, AlgorithmEntry, FormatEntry, StarterEntry, Times, address
+from rlhf.errors import PluginError, Problem
 from rlhf.facts import Machine, ModelFacts
-from rlhf.options import fields, structure
+from rlhf.options import default_of, fields, structure, typed
 from rlhf.plan import Component, DataSource, Plan, RolePlan, resource
 from rlhf.recipe import Pick, Picks, Recipe, RunOptions
 from rlhf.registry import Registry
@@ -48,6 +48,10 @@ class Choice:
     starter: StarterEntry | None
     settings: Mapping[str, Any]
     """Recipe keys -> what stands where the user says nothing."""
+    setters: Mapping[str, str] = attrs.Factory(dict)
+    """Recipe keys -> who set them: the algorithm's name, the starter, or a memory strategy."""
+    scaled: Mapping[str, str] = attrs.Factory(dict)
+    """Of these, why some are so many times what is usual."""
 
     @property
     def online(self) -> bool:
@@ -60,7 +64,7 @@ class Draft:
 
     plan: Plan | None
     request: list[Problem]
-    """Problems that another choice wouldn't mend: a bad option, a missing file. Without any there is a plan."""
+    """Problems that another choice wouldn't mend: a bad option, a missing file."""
     combination: list[Problem]
 
     @property
@@ -89,8 +93,11 @@ def draft(ask: Ask, choice: Choice) -> Draft:
     combination = list(_unasked(choice))
     roles: list[RolePlan] = []
     if parts["algo"]:
-        base = recipe.model or (resource(starter.model) if starter else None)
-        wanted = wanted_roles(parts["algo"][0], parts["reward"])
+        base = recipe.model or (starter.model if starter else None)
+        try:
+            wanted = wanted_roles(parts["algo"][0], parts["reward"])
+        except PluginError as error:
+            return Draft(None, request, [*combination, Problem(str(error), "leave it out, and tell its author")])
         request += name_problems(parts["algo"][0], wanted, recipe.roles)
         models, unfound = role_models(wanted, recipe.roles, base, ask.models)
         roles, unfit = place(wanted, recipe.roles, models, memory)
@@ -103,6 +110,8 @@ def draft(ask: Ask, choice: Choice) -> Draft:
         data, held_out = (starter.data,), held_out or (starter.eval_data,)
     sources = _sources("data", data, ask, settings, request)
     eval_sources = _sources("eval-data", held_out, ask, settings, request)
+    ptx_sources = _sources("ptx-data", recipe.ptx_data, ask, settings, request)
+    request += _mixture(recipe, run, choice, roles)
     if not request:
         request += [Problem(f"no --{kind} is installed") for kind in _NEEDED if not parts.get(kind)]
     if request:
@@ -121,9 +130,13 @@ def draft(ask: Ask, choice: Choice) -> Draft:
         eval_data=eval_sources,
         run=run,
         machine=ask.machine,
+        ptx_data=ptx_sources,
         notes=tuple(_notes(recipe, choice, roles)),
     )
-    return Draft(plan, request, [*combination, *legality.problems_of(plan, ask.registry)])
+    problems = [*combination, *legality.problems_of(plan, ask.registry)]
+    if not problems:
+        plan = attrs.evolve(plan, notes=(*plan.notes, *legality.notes_of(plan)))
+    return Draft(plan, request, problems)
 
 
 def _component(
@@ -142,6 +155,9 @@ def _component(
     known = fields(entry.config) if entry.config is not None else {}
     # A default for an option that this component doesn't have means nothing to it; a user's option is checked.
     defaults = {name: settings[f"{prefix}.{name}"] for name in known if f"{prefix}.{name}" in settings}
+    for name, value in defaults.items():
+        if isinstance(value, Times):
+            defaults[name] = value.of(default_of(known[name]))
     given = {**defaults, **pick.options, **ask.recipe.options.get(prefix, {})}
     config, wrong = structure(entry.config, given, f"--{prefix}.")
     problems += wrong
@@ -179,6 +195,26 @@ def _missing(ask: Ask, choice: Choice) -> Iterator[Problem]:
         yield Problem(what, row_needs(choice.algorithm.data or PromptRow))
 
 
+def _mixture(recipe: Recipe, run: RunOptions | None, choice: Choice, roles: Iterable[RolePlan]) -> Iterator[Problem]:
+    """Data to learn beside, where there is nothing beside which, or no weight; and a weight without data."""
+    coef = run.ptx_coef if run is not None else 0.0
+    name = choice.algorithm.name
+    if (recipe.ptx_data or coef) and not choice.online:
+        what = f"--ptx-data is learnt beside what an algorithm samples, and {name} samples nothing"
+        yield Problem(what, "leave --ptx-data and --ptx-coef out, or give the rows as --data")
+    elif recipe.ptx_data and run is not None and not coef:
+        what = "--ptx-data is given, and --ptx-coef is 0, so that nothing of it would be learnt"
+        yield Problem(what, "give --ptx-coef a weight, such as 1; InstructGPT's is 27.8")
+    elif coef and not recipe.ptx_data:
+        yield Problem(f"--ptx-coef {coef:g} is the weight of nothing", "give --ptx-data PATH, or leave it out")
+    elif recipe.ptx_data and roles and not any(_speaks(role) for role in roles):
+        yield Problem(f"--ptx-data is learnt by a trained role 'policy', and {name} has none", "leave it out")
+
+
+def _speaks(role: RolePlan) -> bool:
+    return role.name == "policy" and role.role.trainable and role.role.head == "lm"
+
+
 def _unplaced_options(recipe: Recipe, choice: Choice) -> Iterator[Problem]:
     """Options of components that the run doesn't have."""
     own = tuple(pick for role in recipe.roles.values() for pick in role.mem or ())
@@ -202,21 +238,48 @@ def _sources(
         place = Path(path).expanduser()
         there = place.exists()
         claim = "/" if place.is_dir() else place.name.lower() if there else "hub:"
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.name.lower().endswith(endings)
-        if not there and looks_local:
-            problems.append(Problem(f"--{flag} {path}: there is no such file"))
-            continue
         claiming = (Pick(entry.name) for entry in formats if claim.endswith(tuple(entry.suffixes) or ("\0",)))
         pick = next(iter((*ask.recipe.picks.get("format", ()), *claiming)), None)
-        if pick is None:
+        if pick is None and there:
             known = ", ".join(f"{entry.name} ({' '.join(entry.suffixes)})" for entry in formats)
             problems.append(Problem(f"--{flag} {path}: no format claims it", f"--format NAME, of: {known}"))
             continue
-        component = _component("format", pick, ask, settings, problems)
+        component = _component("format", pick, ask, settings, problems) if pick else None
+        why = None if there or (pick and not component) else _lost(path, component, endings)
+        if why is not None:
+            hint = f"{hub.near(path)}give a file or folder that exists, or a data set of the hub as ORG/NAME"
+            problems.append(Problem(f"--{flag} {path}: there is no such file here{why}", hint))
+            continue
         if component is not None:
             # Absolute, as a run may be resumed from elsewhere.
             sources.append(DataSource(str(place.absolute()) if there else path, component))
     return tuple(sources)
+
+
+def _lost(path: str, component: Component | None, endings: tuple[str, ...]) -> str | None:
+    """Why data that is no file or folder here can't be had; None where it can, or where only its format knows.
+
+    Args:
+        component: the format that is to read it; None where none claims it.
+        endings: of file names that formats claim.
+    """
+    suffixes = component.entry.suffixes if component and isinstance(component.entry, FormatEntry) else ("hub:",)
+    if component is not None and "hub:" not in suffixes:  # of files, or of names of its own
+        return f", and --format {component.name} reads files" if suffixes else None
+    name, _, inside = path.removeprefix("hub:").partition(":")
+    if component is None or "/" in inside or not hub.is_id(name, endings):
+        return ""
+    why = hub.unavailable("dataset", name)
+    return f", and {why}" if why else None
+
+
+def _said(recipe: Recipe, key: str) -> bool:
+    """Whether the user said something of a recipe key such as "batch_size" or "optim.learning_rate"."""
+    place, _, name = key.rpartition(".")
+    if not place:
+        return name in recipe.run
+    beside = (pick for kind, picks in recipe.picks.items() for pick in picks if address(kind, pick.key) == place)
+    return name in recipe.options.get(place, {}) or any(name in pick.options for pick in beside)
 
 
 def _notes(recipe: Recipe, choice: Choice, roles: list[RolePlan]) -> Iterator[str]:
@@ -227,8 +290,19 @@ def _notes(recipe: Recipe, choice: Choice, roles: list[RolePlan]) -> Iterator[st
             yield f"--{kind} {names}: taken because none was named"
     for pick in choice.fillers:
         yield f"--mem {pick.name}: taken because none of its sort was named"
+    for key, why in choice.scaled.items():
+        if not _said(recipe, key):
+            value = choice.settings[key]  # unless it is so many times an option's own default
+            yield f"--{key.replace('_', '-')}{'' if isinstance(value, Times) else f' {typed(value)}'}: {why}"
     for role in roles:
         if role.view == "adapters-off":
             yield f"role {role.name}: {role.module} with its adapters off, so it costs no memory"
+        elif role.view == "adapter":
+            yield f"role {role.name}: adapters of its own on {role.module}'s base"
+    beaten = {key: value for key, value in choice.algorithm.defaults.items() if choice.settings.get(key) != value}
+    for key, own in sorted(beaten.items()):
+        if key not in choice.scaled and not _said(recipe, key):
+            flag, value = f"--{key.replace('_', '-')}", typed(choice.settings[key])
+            yield f"{flag} {value}: set by {choice.setters[key]}; {choice.algorithm.name} alone would set {typed(own)}"
     if choice.starter and not recipe.data:
         yield f"data: the starter {choice.starter.name!r}, because no --data was given"

@@ -17,9 +17,24 @@ from rlhf import API_VERSION
 if TYPE_CHECKING:
     from rlhf.errors import Problem
     from rlhf.plan import Component, Plan
+    from rlhf.planning.footprint import AlgorithmFootprint, EngineFootprint, Footprint, PolicyFootprint, StateBytes
 
-Head = Literal["lm", "scalar"]
-"""`lm`: log-probs of tokens. `scalar`: one number a position; read at each token (values) or at the last (a score)."""
+Head = Literal["lm", "scalar", "tokens"]
+"""`lm`: log-probs of tokens. `scalar`: one number a position; read at each token (values) or at the last (a score).
+`tokens`: one number for each token of the vocabulary, such as its Q value; on another role's trunk alone."""
+
+
+@attrs.frozen
+class Follows:
+    """Frozen weights that run after trained ones: w + rate (trained - w), after each `every`-th optimiser step."""
+
+    role: str
+    """The trained one: a head of the same sort on the same trunk, of which this role starts as a copy; or a whole
+    model, as which it starts unless it is given one of its own."""
+    rate: float = 1.0
+    """1 copies; small ones are Polyak averages."""
+    every: int = 1
+    """Optimiser steps."""
 
 
 @attrs.frozen
@@ -34,13 +49,19 @@ class Role:
     """Where the weights come from when the user gives no `--model ROLE=PATH`: "model" is the run's `--model`; another
     role's name is that role's start; "given" means that the user must give it."""
     shares: str | None = attrs.field(default=None, kw_only=True)
-    """A role whose trunk this one uses, bringing only a head of its own. Both must be trainable or both frozen."""
+    """A role whose trunk this one uses, bringing only a head of its own. Both must be trainable or both frozen, but
+    for a frozen head that `follows` a trained one."""
     learning_rate: float | None = attrs.field(default=None, kw_only=True)
     """Overrides the optimiser's for this role's own parameters."""
     head_init: Literal["keep", "zero", "normal"] = attrs.field(default="keep", kw_only=True)
     """How a scalar head that the checkpoint doesn't have starts: "zero", or "normal" with standard deviation
     1/sqrt(d+1) and bias 0 (Stiennon et al. 2020). "keep" takes the checkpoint's and fails where there is none.
     A head that the checkpoint has is always kept."""
+    follows: Follows | None = attrs.field(default=None, kw_only=True)
+    """Of a frozen role, such as a target network or a reference that is renewed."""
+    folded: float = attrs.field(default=0.0, kw_only=True)
+    """Of a `tokens` head: where the trunk's owner is saved, so many times what this head says is added to its logits,
+    as weights of its vocabulary head: any engine then samples from the sum."""
 
 
 POLICY = Role("policy", trainable=True)
@@ -49,6 +70,20 @@ POLICY = Role("policy", trainable=True)
 Roles = tuple[Role, ...] | Callable[[Any], tuple[Role, ...]]
 Constraint = Callable[["Plan", "Component"], Iterable["Problem"]]
 """A pure function of the drafted plan (facts of model and machine included) and the component that declares it."""
+Note = Callable[["Plan", "Component"], Iterable[str]]
+"""The same, of what the component settles itself where the user says nothing: each decision with its reason."""
+
+
+@attrs.frozen
+class Times:
+    """A default that is so many times what would stand without it: {"optim.learning_rate": Times(10, "SOURCE")}."""
+
+    factor: float
+    source: str
+
+    def of(self, value: float) -> float:
+        """To 12 digits: 10 times 1e-6 is 1e-5, not the number below it."""
+        return float(f"{self.factor * value:.12g}")
 
 
 def _names(value: Iterable[str]) -> frozenset[str]:
@@ -74,14 +109,23 @@ class Entry:
     conflicts: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
     """Capabilities that nothing else in the plan may provide."""
     constraints: tuple[Constraint, ...] = ()
+    notes: tuple[Note, ...] = ()
+    """What `rlhf plan` tells of it, beside what the core decides."""
     modules: Mapping[str, str] = attrs.Factory(dict)
     """Importable module -> how to install it, for what the core doesn't bring."""
     rank: int = 0
     """Where the user names nothing, the highest rank among the legal is taken; 0 is never taken unasked."""
+    worthwhile: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+    """Capabilities of the machine without which it is legal, but not taken unasked."""
     defaults: Mapping[str, Any] = attrs.Factory(dict)
-    """Recipe keys that this component sets where the user doesn't: {"optim.learning_rate": 1e-6, "batch_size": 64}."""
+    """Recipe keys that an algorithm sets where the user doesn't: {"optim.learning_rate": 1e-6, "batch_size": 64}.
+    Of a memory strategy they hold where every trained role has it, after the algorithm's; and it may multiply those:
+    `Times`."""
     roles: Roles = ()
     """The models it asks for, or a function from its config to them."""
+    eases: tuple[str, ...] = ()
+    """Options, whole numbers, that take less memory the smaller they are and change no results: where a plan doesn't
+    fit, smaller ones are offered."""
     api_version: int = API_VERSION
 
 
@@ -97,6 +141,9 @@ class AlgorithmEntry(Entry):
     """Whether an online algorithm needs reward sources."""
     objective: tuple[str, Literal["max", "min"]] | None = None
     """The held-out metric that says which checkpoint is best. Left out: reward/mean online, loss offline."""
+    footprint: AlgorithmFootprint | None = None
+    """What it does in a step, for the resource planner, from its options. Left out: a response a row, one pass, all
+    trained roles at once."""
 
 
 @attrs.frozen(kw_only=True)
@@ -104,6 +151,8 @@ class PolicyEntry(Entry):
     """How models are loaded, how text becomes tokens, and how ragged sequences are scored."""
 
     kind: ClassVar[str] = "policy"
+    footprint: PolicyFootprint | None = None
+    """Bytes of a forward and its backward. Left out: those of a plain decoder that holds all logits at once."""
 
 
 @attrs.frozen(kw_only=True)
@@ -112,6 +161,8 @@ class EngineEntry(Entry):
 
     kind: ClassVar[str] = "engine"
     provides: frozenset[str] = attrs.field(default=frozenset({"rollouts"}), converter=_names)
+    footprint: EngineFootprint | None = None
+    """Bytes that it takes beside the trained weights, such as its cache. Left out, a plan says that they lack."""
 
 
 @attrs.frozen(kw_only=True)
@@ -134,6 +185,9 @@ class MemoryEntry(Entry):
     """The roles that `--mem NAME` without a role means."""
     slot: str = ""
     """At most one strategy per slot and role, such as "precision". A slot with ranked members is always filled."""
+    footprint: Footprint | None = None
+    """What it makes of a module's memory: `divided`, `on_host`, `copied`, `precision`, or a function of one's own.
+    Left out, it is counted as if it changed nothing, and a plan says so."""
 
     def acts_on(self, role: Role) -> bool:
         """Whether it is for this role where the user doesn't say for which."""
@@ -145,6 +199,12 @@ class OptimizerEntry(Entry):
     """Parameter groups, the optimiser and its schedule."""
 
     kind: ClassVar[str] = "optim"
+    footprint: StateBytes | None = None
+    """Bytes that it keeps of a trained tensor: `moments(4, 4)`. Left out, that is what is counted."""
+    at_work: StateBytes | None = None
+    """Bytes that its step takes besides, while it changes a tensor on a CPU."""
+    state_on_host: bool = False
+    """They are in the host's memory, wherever the weights are."""
 
 
 @attrs.frozen(kw_only=True)
@@ -152,6 +212,8 @@ class BackendEntry(Entry):
     """Makes the ranks of a run act as one."""
 
     kind: ClassVar[str] = "backend"
+    footprint: Footprint | None = None
+    """As of a memory strategy: what it spreads over ranks, what it keeps beside. `unchanged` where that is nothing."""
 
 
 @attrs.frozen(kw_only=True)

@@ -36,8 +36,16 @@ class RunError(Exception):
     """Something broke while running (a reward that raises, a NaN). Exit code 1; what was checkpointed is resumable."""
 
 
+class RankLost(RunError):  # noqa: N818 - the other rank may have had no error
+    """Another rank of the run is late or gone: what broke, if anything, broke there."""
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
     """The user or the system asked the run to stop; a checkpoint is saved. Exit code 130."""
+
+
+class PluginError(Exception):
+    """A plugin's own function failed while a plan was made."""
 
 
 class RowError(ValueError):

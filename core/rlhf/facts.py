@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import attrs
 import psutil
 
+from rlhf import hub
 from rlhf.errors import Problem
 
 
@@ -32,17 +34,22 @@ class Machine:
     memory_bytes: int
     gpus: tuple[Gpu, ...]
     world_size: int
+    vendor: str = ""
+    """Of the CPU, as Linux tells it: "GenuineIntel", "AuthenticAMD"."""
 
     @property
     def provides(self) -> frozenset[str]:
-        """Capabilities of the machine: "cuda", "bf16"."""
+        """Capabilities of the machine: "cuda"; "bf16", it has bfloat16; "fast-bf16", faster than float32."""
         found = set()
         if self.gpus:
             found.add("cuda")
             if all(gpu.compute_capability >= (8, 0) for gpu in self.gpus):
-                found.add("bf16")
+                found |= {"bf16", "fast-bf16"}
         elif {"avx512_bf16", "amx_bf16", "bf16"} & self.cpu_flags:
             found.add("bf16")
+            # Intel's vector units take half float32's rate; its tiles four times, and AMD's vector units twice.
+            if self.vendor != "GenuineIntel" or "amx_bf16" in self.cpu_flags:
+                found.add("fast-bf16")
         return frozenset(found)
 
 
@@ -52,22 +59,29 @@ def machine(world_size: int = 1) -> Machine:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cpus = os.cpu_count() or 1
+    about = _cpu()
     return Machine(
         cpus=cpus,
-        cpu_flags=_cpu_flags(),
+        cpu_flags=frozenset(_told(about, "flags|Features").split()),
+        vendor=_told(about, "vendor_id"),
         memory_bytes=psutil.virtual_memory().total,
         gpus=_gpus(),
         world_size=world_size,
     )
 
 
-def _cpu_flags() -> frozenset[str]:
+def _cpu() -> str:
+    """What Linux tells of the first CPU; elsewhere, nothing."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        with open("/proc/cpuinfo") as lines:
+            return "".join(itertools.takewhile(str.strip, lines))
     except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
-    return frozenset(found.group(1).split()) if found else frozenset()
+        return ""
+
+
+def _told(about: str, what: str) -> str:
+    found = re.search(rf"^(?:{what})\s*:\s*(.*)$", about, re.MULTILINE)
+    return found.group(1) if found else ""
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -104,6 +118,8 @@ class ModelFacts:
 
     path: str
     config: dict[str, Any] | None = None
+    adapter_of: str | None = None
+    """The base, where the model is a PEFT folder: `config` is the base's."""
 
     @property
     def known(self) -> bool:
@@ -130,11 +146,13 @@ class ModelFacts:
         return int(value) if value is not None else None
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CONFIGS = ("config.json", "adapter_config.json")
+"""What makes a folder a model's: a whole one, or an adapter."""
 
 
 def model(path: str, role: str = "") -> ModelFacts | Problem:
-    """Read a model's facts from a folder, a run directory (its `model/`), or the hub's local cache.
+    """Read a model's facts from a folder, a run directory (its `model/`), or the hub's local cache; what is in none of
+    them must be on the hub.
 
     A folder that is a run or holds one model per role is resolved to the one for `role`.
     """
@@ -149,10 +167,9 @@ def model(path: str, role: str = "") -> ModelFacts | Problem:
                 folder / "model",
             )
         ):
-            if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+            if any((place / name).is_file() for name in _CONFIGS):
                 return _read(place)
-        names = ("config.json", "adapter_config.json")
-        inner = sorted({p.parent for name in names for at in ("*/", "model/*/") for p in folder.glob(at + name)})
+        inner = sorted({p.parent for name in _CONFIGS for at in ("*/", "model/*/") for p in folder.glob(at + name)})
         if len(inner) == 1:  # a run that trained a single role of another name
             return _read(inner[0])
         parts = [place.name for place in inner]
@@ -160,13 +177,14 @@ def model(path: str, role: str = "") -> ModelFacts | Problem:
         return Problem(f"--model {path}: the folder holds no model", fix)
     if folder.exists():
         return Problem(f"--model {path}: is a file", "give the model's folder, or a hub id such as org/name")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or not _HUB_ID.fullmatch(path)
-    if looks_local:
-        return Problem(
-            f"--model {path}: there is no such folder", "give a model's folder, or a hub id such as org/name"
-        )
-    cached = _cached(path)
-    return _read(cached, path) if cached else ModelFacts(path)
+    is_id = hub.is_id(path)
+    why = hub.unavailable("model", path) if is_id else ""
+    if why or not is_id:
+        hint = f"{hub.near(path, Path.is_dir)}give a model's folder, a run's, or a hub id such as org/name"
+        return Problem(f"--model {path}: there is no such folder here{', and ' * bool(why)}{why}", hint)
+    cached = hub.cached("model", path)
+    there = cached is not None and any((cached / name).is_file() for name in _CONFIGS)
+    return _read(cached, path) if cached is not None and there else ModelFacts(path)
 
 
 def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
@@ -186,7 +204,7 @@ def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
     if isinstance(base, Problem):
         what = f"--model {path}: is an adapter of {named}, which can't be read: {base.what.partition(': ')[2]}"
         return Problem(what, f"set base_model_name_or_path in {folder / 'adapter_config.json'}")
-    return ModelFacts(path, base.config)
+    return ModelFacts(path, base.config, base.path)
 
 
 def _json_object(file: Path, path: str) -> dict[str, Any] | Problem:
@@ -195,14 +213,3 @@ def _json_object(file: Path, path: str) -> dict[str, Any] | Problem:
     except (OSError, ValueError) as error:
         return Problem(f"--model {path}: {file} cannot be read: {error}")
     return content if isinstance(content, dict) else Problem(f"--model {path}: {file} holds no JSON object")
-
-
-def _cached(hub_id: str) -> Path | None:
-    home = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
-    repository = Path(home).expanduser() / ("models--" + hub_id.replace("/", "--"))
-    try:
-        commit = (repository / "refs" / "main").read_text().strip()
-    except OSError:
-        return None
-    folder = repository / "snapshots" / commit
-    return folder if (folder / "config.json").is_file() else None

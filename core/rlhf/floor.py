@@ -21,6 +21,7 @@ import attrs
 
 if TYPE_CHECKING:
     from rlhf.sequences import Sequences
+    from rlhf.world import World
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a number, by the name of its dtype."""
@@ -155,6 +156,26 @@ def _attention(shape: ModelShape, sequences: Sequences) -> float:
     return sum(4.0 * layer.width * pair_count(sequences, layer.window) for layer in shape.attention)
 
 
+def joined(ranks: Sequence[Sequence[Work]]) -> list[Work]:
+    """The ranks' passes, which they make at the same time, as one each."""
+    longest = max(ranks, key=len)
+    return [
+        attrs.evolve(
+            work,
+            flops=sum(works[i].flops for works in ranks if i < len(works)),
+            bytes=sum(works[i].bytes for works in ranks if i < len(works)),
+        )
+        for i, work in enumerate(longest)
+    ]
+
+
+def together(ranks: Sequence[Peaks]) -> Peaks:
+    """What ranks can do that were measured at the same time."""
+    dtypes = set[str]().union(*(peaks.flops for peaks in ranks))
+    flops = {name: sum(peaks.flops.get(name, 0.0) for peaks in ranks) for name in dtypes}
+    return Peaks(flops, sum(peaks.bandwidth for peaks in ranks))
+
+
 ShapeOf = Callable[[str], "tuple[str, ModelShape | None, bool, bool]"]
 """Role -> (its module, the module's shape, whether it reads the vocabulary head, whether adapters are on)."""
 
@@ -200,10 +221,16 @@ class Ledger:
                 training(shape, sequences, lm=lm) if trained else forward(shape, sequences, lm=lm, adapters=adapters)
             )
 
-    def metrics(self, peaks: Peaks, seconds: float) -> dict[str, float]:
-        """Of the step, which took so long. None where a policy tells no shape: a floor that lacks some of the passes
-        would flatter."""
+    def metrics(self, peaks: Peaks, seconds: float, world: World | None = None) -> dict[str, float]:
+        """Of the step, which took so long: all ranks' passes against what all of them could do together. None where a
+        policy tells no shape: a floor that lacks some of the passes would flatter."""
         passes = [*self._passes, *self._before_update]
+        if world is not None and world.size > 1:
+            own = [self._known, [attrs.asdict(work) for work in passes], attrs.asdict(peaks)]
+            everybody = world.gather(own)
+            self._known = all(known for known, _, _ in everybody)
+            passes = joined([[Work(**work) for work in works] for _, works, _ in everybody])
+            peaks = together([Peaks(**found) for _, _, found in everybody])
         floor = sum(work.seconds(peaks) for work in passes)
         if not self._known or floor <= 0 or seconds <= 0:
             return {}

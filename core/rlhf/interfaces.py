@@ -15,16 +15,21 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from rlhf.component import Component, Launcher
+from rlhf.component import Context as Context
 from rlhf.entries import Head
 from rlhf.errors import RequestError, RowError
 from rlhf.floor import ModelShape
-from rlhf.plan import Plan
 from rlhf.rows import Message
+from rlhf.scaling import LossScaler
 from rlhf.sequences import (
     Batch,
+    Comparison,
+    Divergence,
     Example,
     Experience,
     Generation,
+    LogitSource,
     Prompt,
     Rollouts,
     Sample,
@@ -32,82 +37,10 @@ from rlhf.sequences import (
     Scores,
     Sequences,
 )
+from rlhf.world import World
 
 State = dict[str, Any]
-"""Nested dicts and lists of JSON values and tensors."""
-
-
-@attrs.define
-class Context:
-    """What a component may know of its run."""
-
-    plan: Plan
-    seed: int = 0
-    device: str = "cpu"
-    world: World = attrs.Factory(lambda: World())
-    metrics: MetricSink = attrs.Factory(lambda: MetricSink())
-    policy: Policy | None = None
-    """Set for components made after the policy: engines, rewards, algorithms."""
-    label: str = ""
-    """The component's own key in the plan; for a labelled reward its label."""
-
-
-class World:
-    """The ranks of the run, for components that need global statistics. This one is a single process."""
-
-    rank: int = 0
-    size: int = 1
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over ranks; every rank gets the same."""
-        return x
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
-        return [value]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-
-
-class MetricSink:
-    """Means that a component reports outside the loss; kept as sums and counts, so that ranks reduce exactly."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
-
-    def mean(self, name: str, x: Tensor | float, mask: Tensor | None = None) -> None:
-        """Add values to the step's mean called `name`. x: any shape; mask: bool, the same shape."""
-        values = torch.as_tensor(x, dtype=torch.float64).detach().cpu().reshape(-1)
-        if mask is not None:
-            values = values[mask.cpu().reshape(-1)]
-        total, count = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (total + float(values.sum()), count + values.numel())
-
-    def drain(self, world: World) -> dict[str, float]:
-        """The means over all ranks, and start anew."""
-        names = sorted(set().union(*world.gather(list(self.sums))))
-        table = torch.tensor([self.sums.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64)
-        self.sums = {}
-        if not names:
-            return {}
-        table = world.sum(table)
-        return {name: float(s / n) for name, (s, n) in zip(names, table.tolist(), strict=True) if n}
-
-
-class Component:
-    """What every component has."""
-
-    def __init__(self, config: Any, context: Context) -> None:
-        self.config = config
-        self.context = context
-
-    def state(self) -> State:
-        """Everything it keeps between steps, for checkpoints."""
-        return {}
-
-    def load_state(self, state: State) -> None:
-        """Take back what `state` gave."""
+"""Nested dicts and lists of JSON values and tensors; of what is spread over ranks, `rlhf.checkpoint.Piece`s."""
 
 
 class Score(Protocol):
@@ -120,15 +53,30 @@ class Score(Protocol):
         """Scores under several roles, in one forward of their shared container: what a loss of two trainable roles
         must use, since a parallel backend takes one forward a backward."""
 
+    def divergence(
+        self, of: Any, role: str, other: str, *, kind: Divergence, beta: float = 0.5, temperature: float = 1.0
+    ) -> Tensor:
+        """float32 [N], nats: how far a role's distribution before each response token is from that of a frozen role
+        with a module of its own, over the whole vocabulary. In `loss` with the gradient of the role.
+
+        Args:
+            kind: `rlhf.sequences.Divergence`, of `role` from `other`.
+            beta: of `js`, between 0 and 1.
+            temperature: divides the logits of both; that of sampling plays no part.
+        """
+
     def logp_old(self, rollouts: Rollouts) -> Tensor:
-        """float32 [N]: log-probs under the weights that sampled: the engine's own where exact, else recomputed."""
+        """float32 [N], nats: log-probs under the weights that sampled: the engine's own where exact. Else they are
+        computed, and what is made of these rollouts has weights for the difference: `Experience.importance`."""
 
 
 class Algorithm(Component):
     """Roles and data (in its entry), sampling requests, experience, loss. Knows no engine, backend or memory strategy.
 
-    Online, a step is: `requests` -> rollouts -> rewards -> `experience` -> minibatches -> `loss`.
+    Online, a step is: `requests` -> rollouts -> rewards -> `keep` -> `experience` -> minibatches -> `loss`; where there
+    are `sampling_rounds`, up to `keep` again for further prompts in place of what isn't kept.
     Offline: rows -> `examples` (once, at the start) -> `experience` (once a row, cached) -> `loss`.
+    Before the losses of an optimiser step comes `prepare`, for an algorithm that looks at all of it at once.
     """
 
     unit: ClassVar[Literal["sequence", "group"]] = "sequence"
@@ -159,10 +107,30 @@ class Algorithm(Component):
         """Online: what to sample for these prompts."""
         return [Sample(prompt) for prompt in prompts]
 
+    @property
+    def sampling_rounds(self) -> int:
+        """Online: how often a step samples at most. From the second time on further prompts, those that come next in
+        the data, take the place of groups that `keep` left out; what then still lacks, lacks, and is counted."""
+        return int(getattr(self.config, "sampling_rounds", 1))
+
+    def keep(self, rollouts: Rollouts) -> Tensor | None:
+        """Online: which of a round's judged rollouts are learnt from, bool [B]; None: all, on every rank
+        alike. A group is kept where any of its members is. Ranks as in `experience`. The core counts what is left
+        out."""
+        return None
+
     def experience(self, rollouts: Any, score: Score) -> Experience:
         """What the loss needs, computed without gradient. Online: of `Rollouts`, each step. Offline: of an
-        `Experience`, once a row; its fields are cached over epochs."""
+        `Experience`, once a row; its fields are cached over epochs.
+
+        Of several ranks, each has its own part of the batch, whole groups, perhaps none; what must be known of the
+        whole batch comes from `context.world`."""
         return Experience(rollouts)
+
+    def prepare(self, minibatch: Experience, score: Score) -> Experience:
+        """What the loss must know of the whole minibatch under the weights as they are now, computed without gradient:
+        before each optimiser step, and before the held-out loss. Ranks as in `experience`."""
+        return minibatch
 
     def loss(self, batch: Batch, score: Score) -> Tensor:
         """This micro-batch's part of the loss, a scalar: use `token_mean` and the like, so that parts add up."""
@@ -218,6 +186,8 @@ class LoadSpec:
     """What is done to the module as soon as its weights are there, before its first forward."""
     trust_remote_code: bool = False
     seed: int = 0
+    joins: bool = False
+    """The module is another role's: this one has adapters, and a head, of its own on it."""
 
 
 class Policy(Component):
@@ -243,17 +213,60 @@ class Policy(Component):
         """A scalar head for the module's trunk: the role's own part where it shares a trunk."""
         raise NotImplementedError
 
+    def add_token_head(self, module: nn.Module, role: str, init: str, seed: int) -> nn.Module:
+        """A head of one number a token of the vocabulary for the module's trunk: at "normal" a tenth of what a scalar
+        one starts from, so that its numbers start near 0, and two heads apart.
+
+        Raises:
+            RequestError: the module's logits aren't its vocabulary head's output as it is, so that the two couldn't be
+                added up as weights; or this policy has no such heads. They are optional: roles with the head "tokens"
+                alone ask for them.
+        """
+        raise RequestError(f"the policy {type(self).__name__} has no heads of tokens")
+
+    def own_head(self, module: nn.Module, spec: LoadSpec) -> nn.Module:
+        """The scalar head of a role that joins another's module: the checkpoint's, where the spec's has one.
+
+        Raises:
+            RequestError: it has none, and the role keeps one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no heads for roles that share a base")
+
     def score(self, module: nn.Module, sequences: Sequences, heads: Sequence[HeadRequest]) -> list[Scores]:
         """Score sequences by one trunk and the heads asked for, in one forward of the trunk."""
         raise NotImplementedError
+
+    def read(self, module: nn.Module, sequences: Sequences) -> LogitSource:
+        """What logits before the response tokens are made from, by a frozen module; one forward of its trunk. Optional:
+        it is asked for by `Score.divergence` alone.
+
+        Raises:
+            RequestError: this policy can't.
+        """
+        raise RequestError(f"the policy {type(self).__name__} can't compare whole distributions")
 
     def shape(self, module: nn.Module) -> ModelShape | None:
         """What a forward of the module computes and reads, for `perf/floor_ratio` and `perf/mfu`; None leaves both
         out. Asked for when the module is whole and it is settled what is trained."""
         return None
 
-    def save(self, module: nn.Module, folder: Path, spec: LoadSpec) -> None:
-        """Write the module and its tokenizer as a standard HF or PEFT folder."""
+    def save(
+        self,
+        module: nn.Module,
+        folder: Path,
+        spec: LoadSpec,
+        head: nn.Module | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        folded: Sequence[tuple[float, nn.Module]] = (),
+    ) -> None:
+        """Write the module and its tokenizer as a standard HF or PEFT folder; of a role that joins another's module,
+        its adapters and its own scalar head. Called on rank 0 alone.
+
+        Args:
+            weights: by the module's own names, where they are spread over ranks; None: the module has them.
+            folded: heads of tokens, each with its factor, to be added to the vocabulary head in what is written. Given
+                only where a role asks for it (`Role.folded`).
+        """
         raise NotImplementedError
 
     @classmethod
@@ -283,39 +296,72 @@ class HeadRequest:
     """A head of the role's own on a shared trunk; None is the module's."""
     temperature: float = 1.0
     entropy: bool = False
+    compare: Comparison | None = None
+    """What is asked of an `lm` head is divergences, and no log-probs."""
 
 
 @attrs.frozen
 class LogProbs:
-    """What an engine's log-probs are."""
+    """What an engine's log-probs are; what follows from it, see `docs/architecture.md`, "Log-probs that differ"."""
 
     available: bool = True
     exact: bool = False
-    """They equal the trainer's forward to fp32 rounding: they may stand as old log-probs."""
+    """They equal the trainer's forward to fp32 rounding: they stand as old log-probs, and no forward is spent."""
     after_temperature: bool = True
+    """Of the logits divided by the temperature, which is what was sampled from. Those from before it are of use at
+    temperature 1 alone."""
     truncated: bool = False
-    """Sampling was cut by top-p or top-k, so the behaviour distribution isn't the policy's."""
+    """Sampling was cut by top-p, top-k or min-p, so the distribution sampled from isn't the policy's, and no ratio to
+    it is known: refused for algorithms that require "logprobs"."""
+    dtype: str = "float32"
+    """Of the matrix products that gave them."""
+
+    def usable(self, temperature: float) -> bool:
+        """Whether they say how likely what was sampled at this temperature was to be."""
+        return self.available and not self.truncated and (self.after_temperature or temperature == 1.0)
+
+
+class Weights(Protocol):
+    """A module's weights by its own names, to be run through on every rank at once, as often as an engine likes."""
+
+    def __call__(self, only: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """In buckets, each tensor whole, and never all of them at once.
+
+        Args:
+            only: which names are wanted, the same on every rank; what isn't, isn't gathered.
+        """
 
 
 class Engine(Component):
     """Samples responses. Doesn't know the algorithm, nor whether weights are sharded."""
 
     logprobs: LogProbs = LogProbs()
+    borrows: ClassVar[bool] = False
+    """It samples from the very module that it was attached to, which must be whole then."""
+    trainer_logp: Callable[[Sequences, float], Tensor] | None = None
+    """Set before `attach`: log-probs of response tokens by the policy's own forward, at a temperature; float32 [N],
+    without gradient. For an engine that holds a copy of the weights, to see that it is one. A meeting of all ranks, in
+    `generate` as in `sync`: each with sequences of its own, perhaps none."""
 
     def attach(self, module: nn.Module, policy: Policy, spec: LoadSpec) -> None:
         """Meet the trainer's module of the role "policy", before the first rollout; an engine in this process samples
         from it, another one copies its weights."""
 
     def generate(self, requests: Sequence[Sample], temperature: float | None = None) -> Generation:
-        """Sample `request.count` responses for each request, in order.
+        """Sample `request.count` responses for each request, in order. Called on every rank with its own requests,
+        perhaps none.
 
         Args:
             temperature: overrides the engine's own, for evaluation; 0 is greedy.
         """
         raise NotImplementedError
 
-    def sync(self, weights: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
-        """Take new weights, streamed by name. Called after every step that changed them."""
+    def sync(self, weights: Weights, version: int) -> None:
+        """Take new weights. Called on every rank, before the first rollout and after every step that changed them.
+
+        Args:
+            version: of the weights; what is sampled from now on is of this version (`Generation.version`).
+        """
 
     def close(self) -> None:
         """Free what it holds."""
@@ -331,9 +377,24 @@ class Failed:
 class Reward(Component):
     """Judges rollouts. Doesn't know how they were made."""
 
+    columns: Sequence[str] = ()
+    """Columns of the prompt rows that it cannot do without, where only the implementation knows them; what the options
+    alone say is `RewardEntry.columns`. Rows without are refused before any model is loaded."""
+
+    def check(self, row: Any) -> None:
+        """Look at a prompt row that has the columns it needs, before any model is loaded.
+
+        Raises:
+            RowError: no response to it could be judged, such as for a reference that can't be read; the row is refused
+                and counted, training and held-out ones alike.
+        """
+
     def judge(self, rollouts: Rollouts, score: Score) -> Sequence[float | Failed] | Tensor:
         """One number a rollout, in order; higher is better. The core refuses another count, text, NaN or infinity."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what it holds outside this process; it may be asked again."""
 
 
 class MemoryStrategy(Component):
@@ -355,8 +416,40 @@ class MemoryStrategy(Component):
         """WRAP: change how it runs, not what it computes."""
         return module
 
+    def join(self, module: nn.Module, spec: LoadSpec) -> None:
+        """ADAPT, for a role that joins another's module: put what is its own into the module, under `spec.role`, and
+        change nothing of the others'.
+
+        Raises:
+            RequestError: it doesn't fit the module.
+        """
+
     def adapters_off(self, module: nn.Module) -> contextlib.AbstractContextManager[Any] | None:
         """A context in which the module is its own base; None where it brings no adapters."""
+        return None
+
+    def as_role(self, module: nn.Module, role: str) -> contextlib.AbstractContextManager[Any] | None:
+        """A context in which a module that several roles share is this one's; None where it keeps no parts apart.
+        It lasts for a forward; a backward comes after it, so it must not change what is trained."""
+        return None
+
+    def visit(self, module: nn.Module) -> contextlib.AbstractContextManager[Any] | None:
+        """A context in which a frozen module's weights are on the device; None where they always are. It may be
+        entered again inside itself."""
+        return None
+
+    def settled(self, parameters: Sequence[TrainedParameter]) -> None:
+        """What is trained of the role is settled: these. Before the first step."""
+
+    def stepped(self) -> None:
+        """An optimiser step has changed the weights."""
+
+    def stand_in(self, purpose: Literal["evaluate", "save"]) -> contextlib.AbstractContextManager[Any] | None:
+        """A context in which the role's trained weights are those to be evaluated, or saved; None where they are."""
+        return None
+
+    def loss_scaler(self) -> LossScaler | None:
+        """What keeps gradients in the range of the products' precision; None where that has range enough."""
         return None
 
 
@@ -395,6 +488,8 @@ class StepResult:
     learning_rate: float
     skipped: bool = False
     """The gradients weren't finite, so nothing was changed."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by, where it was."""
 
 
 class Backend(Component):
@@ -403,6 +498,13 @@ class Backend(Component):
 
     world: World
     device: str
+    sharded: ClassVar[bool] = False
+    """A module's parameters are spread over ranks, so that each forward of it is a meeting of all ranks, and the
+    module alone can't be saved. The run then has every rank make the same number of forwards (ranks with less work
+    repeat a group at weight 0), and saves a model from `weights`."""
+    scaler: LossScaler | None = None
+    """Set before `prepare` where the precision of products needs one: `backward` scales by it, `update` takes the
+    scale out before it clips, and `state` holds its own."""
 
     def prepare(
         self, container: nn.Module, parameters: Sequence[TrainedParameter], optimizer: OptimizerStrategy
@@ -414,17 +516,37 @@ class Backend(Component):
         """One forward of the container, with gradient where it is enabled."""
         raise NotImplementedError
 
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients."""
+    def backward(self, loss: Tensor, last: bool = False) -> None:
+        """Add a micro-batch's gradients: the step's are the sum over micro-batches and ranks, not a mean.
+
+        Args:
+            last: this rank makes no further micro-batch of the step, so ranks may begin to add up. Ranks need not have
+                made as many unless the backend is `sharded`; one that had no work at all is never called.
+        """
         raise NotImplementedError
 
     def update(self, factor: float) -> StepResult:
-        """Clip, step at `factor` times each group's base learning rate, clear the gradients."""
+        """Add the gradients up over ranks, clip by their global norm, step at `factor` times each group's base
+        learning rate, clear the gradients. Called on every rank, once a step; the result is the same on all."""
         raise NotImplementedError
 
-    def weights(self, module: str) -> Iterator[tuple[str, Tensor]]:
-        """A trained module's whole weights by name, in buckets, never all at once."""
+    def weights(self, module: str, only: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """A trained module's whole weights by name, in buckets, never all at once. Every rank runs through all of
+        them, at the same time: each may be a meeting.
+
+        Args:
+            only: which names are wanted; the others needn't be gathered.
+        """
         raise NotImplementedError
+
+    def gathered(self, module: str) -> contextlib.AbstractContextManager[None]:
+        """A context in which a trained module is whole on every rank and can be called there by itself, without the
+        others; no forward of the container meanwhile. For an engine that samples from it: it is gathered once, and
+        not layer by layer for every token."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Leave the other ranks."""
 
 
 class Format(Component):
@@ -457,14 +579,6 @@ class Tracker(Component):
     def checkpoint_saved(self, step: int, path: Path) -> None: ...
 
     def run_finished(self, summary: Mapping[str, Any], error: BaseException | None) -> None: ...
-
-
-class Launcher(Component):
-    """Starts the run's processes. The core calls `launch` in the process the user started."""
-
-    def launch(self, run: Callable[[], int]) -> int:
-        """Carry out `run` in every rank; returns the exit code. `run` carries out one rank in this process."""
-        return run()
 
 
 CLASS_OF_KIND: dict[str, type[Component]] = {

@@ -8,36 +8,38 @@ is in `state`, so a run killed at any instant and resumed computes what it would
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 
-from rlhf import checkpoint
+from rlhf import checkpoint, signals
 from rlhf.data import derive
 from rlhf.errors import Interrupted, RunError
 from rlhf.floor import Peaks
 from rlhf.heldout import evaluate
-from rlhf.interfaces import State
-from rlhf.models import Scorer, cut, weight_stream
+from rlhf.interfaces import Algorithm, State
+from rlhf.micro import Units, add_up, micro_batches, totals_of
+from rlhf.models import weight_stream
 from rlhf.parts import Parts, Say, component_states, reseed, restore
 from rlhf.peaks import measure
-from rlhf.rollouts import Sampler, describe
+from rlhf.rollouts import Sampler
+from rlhf.rounds import Rounds
 from rlhf.rundir import RunDirectory
-from rlhf.sequences import Batch, Experience, Rollouts, Totals
+from rlhf.saved import whole
+from rlhf.scoring import Ahead, Scorer
+from rlhf.sequences import Batch, Experience, Rollouts
+from rlhf.timeline import Timeline
 
 _SAMPLES_A_STEP = 4
-_STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class Loop:
@@ -49,6 +51,8 @@ class Loop:
         self.say = say
         self.steps = parts.feed.steps
         self.step = 0
+        self.taken = 0
+        """Rows that steps took beside their own, in further rounds of sampling."""
         self.best: tuple[int, float] | None = None
         self.heldout_before: dict[str, float] = {}
         self.heldout_after: dict[str, float] = {}
@@ -58,6 +62,9 @@ class Loop:
         self._gradient = Scorer(parts.models, parts.plan.run.micro_batch_tokens, gradient=True)
         self._trackers = list(parts.trackers)
         self._peaks = Peaks({}, 0.0)
+        self._memory: tuple[int, ...] = (0, 0)
+        self._uncorrected: str | None = None
+        self._clock = self._timeline()
 
     # The run
 
@@ -70,6 +77,7 @@ class Loop:
         Raises:
             RunError: something broke; the summary is written, what was checkpointed stays.
             Interrupted: a signal asked to stop; a checkpoint is saved.
+            KeyboardInterrupt: it did so before the first step, or Ctrl-C twice: nothing is saved.
         """
         error: BaseException | None = None
         status = "failed"
@@ -80,17 +88,20 @@ class Loop:
             "first_step": self.step, "notes": list(self.parts.plan.notes),
         })  # fmt: skip
         try:
-            with self._signals():
+            with signals.raised():
                 self._sync(self.step)
                 if resumed is None:
                     self.heldout_before = self._evaluate()
                     if self.heldout_before:
                         self._tell("evaluated", 0, self.heldout_before)
+            with signals.noted(self._asked_to_stop):
+                self._measure()
+                self._clock = self._timeline()
                 while self.step < self.steps:
                     self._one_step()
                 self._save_model()
             status = "done"
-        except Interrupted as caught:
+        except (Interrupted, KeyboardInterrupt) as caught:
             error, status = caught, "interrupted"
             raise
         except BaseException as caught:
@@ -102,45 +113,68 @@ class Loop:
             self._tell("run_finished", summary, error)
         return summary
 
+    def _timeline(self) -> Timeline:
+        backend = self.parts.backend
+        on_gpu = backend.device.startswith("cuda")
+        return Timeline(backend.world, wait=torch.cuda.synchronize if on_gpu else lambda: None)
+
     def _one_step(self) -> None:
-        parts, run = self.parts, self.parts.plan.run
-        clock = _Clock()
+        parts, run, world = self.parts, self.parts.plan.run, self.parts.backend.world
+        clock = self._clock
         parts.ledger.start()
         reseed(derive(run.seed, "step", self.step))
         parts.algorithm.step = self.step
-        rows = parts.feed.rows(self.step, parts.last)
+        rows = parts.feed.rows(self.step, parts.last, self.taken)
         if parts.sampler is not None:
-            experience = self._collect(parts.sampler, rows, clock)
+            experience = self._collect(parts.sampler, rows)
         else:
             assert parts.data is not None
             with clock("experience"):
-                experience = parts.data.experience(rows, parts.score)
+                experience = parts.data.experience(rows, parts.score, world)
         with clock("update"):
             learnt = self._learn(experience)
         with clock("sync"):
             self._sync(self.step + 1)
         self.step += 1
-        metrics = {**parts.context.metrics.drain(parts.backend.world), **learnt}
+        world.now = f"step {self.step}"
+        metrics = {**parts.context.metrics.drain(world), **learnt}
         parts.algorithm.step_done(metrics)
-        metrics.update(self._performance(clock, sum(experience.sequences.total_lengths())))
+        seconds = clock.finish()
+        metrics.update({f"time/{part}": taken for part, taken in seconds.items()})
+        with clock.outside():
+            self._measure()
+        metrics.update(self._performance(seconds["step"], sum(experience.sequences.total_lengths())))
         self.directory.log_metrics(self.step, metrics)
         self._tell("step_finished", self.step, metrics)
-        self._after_step()
+        # One rank that was asked to stop stops them all, after the same step.
+        self._stop = int(world.max(torch.tensor(self._stop or 0))) or None
+        with clock.outside():
+            self._after_step()
 
-    def _performance(self, clock: _Clock, tokens: int) -> dict[str, float]:
-        """What depends on the machine: times, and how far they are from what it allows."""
-        ledger, seconds = self.parts.ledger, clock.total()
-        again = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...: a machine may be busy when it is first measured
-        if again or not ledger.dtypes <= set(self._peaks.flops):
-            found = measure(self.parts.backend.device, ledger.dtypes | set(self._peaks.flops))
+    def _measure(self) -> None:
+        """What the machine does at best: its products after steps 1, 2, 4, 8, ..., since it may be busy when first
+        measured; its memory before the first, when what that takes is less than what a step will."""
+        dtypes, device = self.parts.ledger.dtypes, self.parts.backend.device
+        if not self._peaks.bandwidth:
+            self._peaks = measure(device, ())
+        if self.step & (self.step - 1) == 0 or not dtypes <= set(self._peaks.flops):
+            found = measure(device, dtypes | set(self._peaks.flops), bandwidth=False)
             self._peaks = self._peaks.best(found)
-        metrics = {f"time/{phase}": taken for phase, taken in clock.phases.items()}
-        metrics["time/communication"] = 0.0  # of ranks; a parallel backend adds its own
-        metrics["perf/tokens_per_second"] = tokens / max(seconds, 1e-9)
-        metrics.update(ledger.metrics(self._peaks, seconds))
-        metrics["memory/peak_rss_bytes"] = float(peak_rss())
+
+    def _performance(self, seconds: float, tokens: int) -> dict[str, float]:
+        """How far the step is from what the machine allows.
+
+        Args:
+            seconds: that it took.
+        """
+        world = self.parts.backend.world
+        metrics = {"perf/tokens_per_second": int(world.sum(torch.tensor(tokens))) / max(seconds, 1e-9)}
+        metrics.update(self.parts.ledger.metrics(self._peaks, seconds, world))
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        self._memory = tuple(world.max(torch.tensor([peak_rss(), device])).tolist())
+        metrics["memory/peak_rss_bytes"] = float(self._memory[0])  # of the rank that had most
         if torch.cuda.is_available():
-            metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
+            metrics["memory/peak_device_bytes"] = float(self._memory[1])
         return metrics
 
     def _after_step(self) -> None:
@@ -162,31 +196,42 @@ class Loop:
 
     # Sampling
 
-    def _collect(self, sampler: Sampler, rows: list[int], clock: _Clock) -> Experience:
-        parts = self.parts
-        with clock("rollout"):
-            prompts = sampler.prompts([parts.prompts[row] for row in rows])
-            requests = list(parts.algorithm.requests(prompts))
-            if not requests:
-                raise RunError(f"{parts.plan.algo.name} asked for no sample in step {self.step}")
-            rollouts = sampler.sample(requests, f"step-{self.step}")
-            parts.ledger.sampled(rollouts.sequences)
-        with clock("reward"):
-            sampled = len(rollouts)
-            rollouts, failures = sampler.judge(rollouts)
-        for name, values in describe(rollouts).items():
-            parts.context.metrics.mean(name, values)
-        if len(rollouts) > 1:
-            parts.context.metrics.mean("reward/std", rollouts.rewards.std(unbiased=False))
-        parts.context.metrics.mean("rollout/failed", float(len(failures)))
-        parts.context.metrics.mean("rollout/left_out", float(sampled - len(rollouts)))
-        for why in failures[:1]:
-            left_out = f"{sampled - len(rollouts)} are left out, whole groups"
-            self.say(f"step {self.step + 1}: {len(failures)} rollouts failed to be judged, {left_out}; first: {why}")
-        self._log_samples(rollouts)
-        self._tell("rollout_finished", self.step + 1, rollouts)
+    def _collect(self, sampler: Sampler, rows: list[int]) -> Experience:
+        parts, clock = self.parts, self._clock
+        world = parts.backend.world
+        parts.score.off_policy.start()
+        world.now = f"step {self.step + 1}, rollout"
+        rounds = Rounds(
+            algorithm=parts.algorithm,
+            sampler=sampler,
+            world=world,
+            clock=clock,
+            metrics=parts.context.metrics,
+            step=self.step,
+            say=self.say,
+            sampled=parts.ledger.sampled,
+        )
+        found = rounds.collect([parts.prompts[row] for row in rows], self._further)
+        self._log_samples(found.judged)
+        self._tell("rollout_finished", self.step + 1, found.judged)
+        world.now = f"step {self.step + 1}, experience"
+        # Where a step is one micro-batch, what is scored now is scored again by its first loss, with the same weights.
+        ahead = parts.algorithm.minibatches == 1 and not parts.backend.sharded
+        parts.score.ahead = self._gradient.ahead = Ahead() if ahead else None
         with clock("experience"), torch.no_grad():
-            return parts.algorithm.experience(rollouts, parts.score)
+            experience = parts.algorithm.experience(found.kept, parts.score)
+            parts.score.off_policy.attach(experience)
+            for name, value in parts.score.off_policy.metrics(world).items():
+                parts.context.metrics.mean(name, value)
+        parts.score.ahead = None
+        return experience
+
+    def _further(self, count: int) -> list[Any]:
+        """So many more rows, which come next in the data order."""
+        parts = self.parts
+        rows = parts.feed.further(self.step, count, parts.last, self.taken)
+        self.taken += count
+        return [parts.prompts[row] for row in rows]
 
     def _log_samples(self, rollouts: Rollouts) -> None:
         self.directory.log_samples(
@@ -211,12 +256,19 @@ class Loop:
         factor = parts.optimizer.factor(self.step, self.steps)
         sums: dict[str, float] = {}
         updates = 0
-        if not len(experience):  # the algorithm left every rollout out: nothing to learn, and no loss to report
+        world, seed = parts.backend.world, parts.plan.run.seed
+        world.now = f"step {self.step + 1}, update"
+        if world.rank:  # dropout of its own; rank 0 draws as a single process does
+            reseed(derive(seed, "step", self.step, "rank", world.rank))
+        found = Units(experience.sequences, algorithm.unit, world)
+        if not len(found):  # the algorithm left every rollout out: nothing to learn, and no loss to report
             return {"loss": math.nan, "optim/updates": 0.0}
         for epoch in range(algorithm.epochs):
-            for rows in self._minibatches(experience, epoch):
-                first = updates == 0 and len(rows) == len(experience)
-                metrics = self._update(experience.select(rows), factor, first)
+            for rows in found.minibatches(algorithm.minibatches, derive(seed, "minibatch", self.step, epoch)):
+                whole = len(rows) == len(experience)
+                part = experience if whole else experience.select(rows)
+                metrics = self._update(part, factor, updates == 0 and whole)
+                self._gradient.ahead = None  # of the weights before; what nobody asked for is freed
                 updates += 1
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -224,49 +276,65 @@ class Loop:
                     return {**{n: s / updates for n, s in sums.items()}, "optim/updates": float(updates)}
         return {**{name: total / updates for name, total in sums.items()}, "optim/updates": float(updates)}
 
-    def _minibatches(self, experience: Experience, epoch: int) -> Iterator[torch.Tensor]:
-        """Rows of each minibatch: whole groups where the algorithm compares their members."""
-        count, unit = self.parts.algorithm.minibatches, self.parts.algorithm.unit
-        group = experience.sequences.group
-        units = torch.unique(group) if unit == "group" else torch.arange(len(experience))
-        order = np.random.default_rng(derive(self.parts.plan.run.seed, "minibatch", self.step, epoch)).permutation(
-            len(units)
-        )
-        for part in np.array_split(order, min(count, len(units))):
-            chosen = units[torch.from_numpy(np.sort(part))]
-            yield torch.isin(group, chosen).nonzero().flatten() if unit == "group" else chosen
-
     def _update(self, minibatch: Experience, factor: float, first: bool = False) -> dict[str, float]:
         """One optimiser step. `first`: of the loop's step, on all its experience."""
         parts = self.parts
-        backend, sequences = parts.backend, minibatch.sequences
-        counts = torch.tensor([sequences.token_count, len(sequences), sequences.group_count], dtype=torch.float64)
-        totals = Totals(*(int(n) for n in backend.world.sum(counts).tolist()))
-        logged: dict[str, torch.Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
-        keep = parts.algorithm.unit == "group"
-        pieces = list(cut(sequences, parts.plan.run.micro_batch_tokens, keep))
+        backend, sequences, run = parts.backend, minibatch.sequences, parts.plan.run
+        nothing = torch.zeros((), dtype=torch.float64)
+        logged: dict[str, torch.Tensor] = {"loss": nothing}
+        keep, count = parts.algorithm.unit == "group", 0
         self._gradient.asked.clear()
-        for rows in pieces:
-            batch = Batch(minibatch.select(rows), totals, backend.device)
+        totals = totals_of(sequences, backend.world)
+        minibatch = self._prepared(minibatch)
+        mixed = parts.mixture.batches(parts.score, backend, run.micro_batch_tokens) if parts.mixture is not None else []
+        for batch, weight, last in micro_batches(minibatch, totals, run.micro_batch_tokens, keep, backend):
             loss = parts.algorithm.loss(batch, self._gradient)
             if loss.ndim:
                 raise RunError(f"{parts.plan.algo.name} returned a loss of shape {tuple(loss.shape)}, not a scalar")
             if not math.isfinite(float(loss.detach())):
                 raise RunError(f"the loss is {float(loss.detach())} in step {self.step + 1}; nothing of it was applied")
-            backend.backward(loss)
-            logged["loss"] += loss.detach().double().cpu()
-            for name, part in batch.logged.items():
-                logged[name] = logged.get(name, torch.zeros((), dtype=torch.float64)) + part.double()
+            backend.backward(loss if weight else loss * 0.0, last and not mixed)
+            self._tell_uncorrected(batch)
+            if weight:
+                count += 1
+                logged["loss"] = logged["loss"] + loss.detach().double().cpu()
+                for name, part in batch.logged.items():
+                    logged[name] = logged.get(name, nothing) + part.double()
+            del loss  # and its graph, before the next: some functions keep tensors in it that no backward frees
+        parts.ledger.learnt(sequences, sorted(self._gradient.asked), at_once=first and count <= 1)
+        if parts.mixture is not None:
+            parts.ledger.learnt(parts.mixture.sequences, ["policy"], at_once=False)
+            for name, part in parts.mixture.learn(mixed, self._gradient, backend, self.step).items():
+                logged[name] = logged.get(name, nothing) + part
         result = backend.update(factor)
-        parts.ledger.learnt(sequences, sorted(self._gradient.asked), at_once=first and len(pieces) == 1)
-        names = sorted(set().union(*backend.world.gather(list(logged))))  # a rank may log what another doesn't
-        nothing = torch.zeros((), dtype=torch.float64)
-        reduced = backend.world.sum(torch.stack([logged.get(name, nothing) for name in names]))
-        metrics = dict(zip(names, reduced.tolist(), strict=True))
+        if not result.skipped:
+            parts.models.stepped()
+        metrics = add_up(logged, backend.world)
         metrics["optim/grad_norm"] = result.grad_norm
         metrics["optim/learning_rate"] = result.learning_rate
         metrics["optim/skipped"] = float(result.skipped)
+        if result.loss_scale is not None:
+            metrics["optim/loss_scale"] = result.loss_scale
         return metrics
+
+    def _prepared(self, minibatch: Experience) -> Experience:
+        """With what the algorithm must know of all of it under the weights as they are."""
+        parts = self.parts
+        if type(parts.algorithm).prepare is Algorithm.prepare:
+            return minibatch
+        if self._gradient.ahead is None and not parts.backend.sharded:
+            self._gradient.ahead = Ahead(minibatch.sequences)
+        parts.score.ahead = self._gradient.ahead
+        with torch.no_grad():
+            found = parts.algorithm.prepare(minibatch, parts.score)
+        parts.score.ahead = None
+        return found
+
+    def _tell_uncorrected(self, batch: Batch) -> None:
+        """A loss that learns from another distribution's samples as if they were the policy's; told once."""
+        if not batch.corrected and "policy" in self._gradient.asked and self._uncorrected is None:
+            self._uncorrected = f"the loss of {self.parts.plan.algo.name} takes no account of batch.importance"
+            self.say(f"note: {self._uncorrected}: the engine's samples aren't quite the policy's own")
 
     def _sync(self, version: int) -> None:
         """Give the engine the policy's weights; their version is how many steps made them."""
@@ -276,7 +344,7 @@ class Loop:
     # Held-out data
 
     def _evaluate(self) -> dict[str, float]:
-        return evaluate(self.parts)
+        return evaluate(self.parts, self.step)
 
     def _is_best(self, heldout: Mapping[str, float] | None) -> bool:
         name, direction = self.parts.plan.objective
@@ -296,6 +364,7 @@ class Loop:
         return {
             "loop": {
                 "step": self.step,
+                "taken": self.taken,
                 "best": list(self.best) if self.best else None,
                 "heldout_before": self.heldout_before,
                 "heldout_after": self.heldout_after,
@@ -304,34 +373,45 @@ class Loop:
             **component_states(parts),
             "digest": parts.digest(),
             "data": parts.data.state() if parts.data else {},
+            "mixture": parts.mixture.state() if parts.mixture is not None else {},
             "heldout_data": parts.heldout_data.state() if parts.heldout_data else {},
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
         parts, loop = self.parts, state["loop"]
-        self.step = loop["step"]
+        self.step, self.taken = loop["step"], loop.get("taken", 0)
         self.best = (loop["best"][0], loop["best"][1]) if loop["best"] else None
         self.heldout_before, self.heldout_after = loop["heldout_before"], loop["heldout_after"]
         self._seconds_before = loop["wall_seconds"]
         restore(parts, state)
         if parts.data:
             parts.data.load_state(state["data"])
+        if parts.mixture is not None:
+            parts.mixture.load_state(state["mixture"])
         if parts.heldout_data:
             parts.heldout_data.load_state(state["heldout_data"])
 
     def _checkpoint(self, heldout: Mapping[str, float] | None) -> None:
-        path = checkpoint.save(self.directory.checkpoints, self.step, self._state(), heldout)
+        world = self.parts.backend.world
+        world.now = f"checkpoint of step {self.step}"
+        path = checkpoint.save(self.directory.checkpoints, self.step, self._state(), heldout, world)
         best = self.best[0] if self.best else None
-        checkpoint.prune(self.directory.checkpoints, self.step, self.parts.plan.run.keep, best)
+        if world.rank == 0:
+            checkpoint.prune(self.directory.checkpoints, self.step, self.parts.plan.run.keep, best)
         self._tell("checkpoint_saved", self.step, path)
 
     def _save_model(self) -> None:
+        world = self.parts.backend.world
+        world.now = "saving the model"
         partial = self.directory.path / "model.part"
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
+        if world.rank == 0:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir()
         self.parts.models.save(partial)
-        self.directory.replace_model(partial)
+        if world.rank == 0:
+            self.directory.replace_model(partial)
+        world.barrier()  # rank 0 may still fail, and then none is done
 
     # What is told
 
@@ -353,8 +433,10 @@ class Loop:
             "status": status,
             "steps": self.step,
             "wall_seconds": round(self._wall_seconds(), 3),
-            "peak_rss_bytes": peak_rss(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "peak_rss_bytes": max(peak_rss(), self._memory[0]),
+            "peak_device_bytes": max(
+                torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0, self._memory[1]
+            ),
             "peaks": attrs.asdict(self._peaks),
             "heldout_before": self.heldout_before,
             "heldout_after": self.heldout_after,
@@ -362,25 +444,10 @@ class Loop:
             "error": None if error is None else f"{type(error).__name__}: {error}",
         }
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """A request to stop ends the run after the step at work, with a checkpoint; a second SIGINT ends it at once."""
-
-        def ask(number: int, frame: Any) -> None:
-            if self._stop is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = number
-            self.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")
-
-        try:
-            before = {number: signal.signal(number, ask) for number in _STOPPING}
-        except ValueError:  # not in the main thread: its owner looks after signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _asked_to_stop(self, number: int) -> None:
+        """The run ends after the step at work, with a checkpoint."""
+        self._stop = number
+        self.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")
 
 
 def peak_rss() -> int:
@@ -389,27 +456,9 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {"rollout": 0.0, "reward": 0.0, "experience": 0.0, "update": 0.0, "sync": 0.0}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.phases[phase] += time.perf_counter() - start
-
-    def total(self) -> float:
-        return sum(self.phases.values())
-
-
 def resume_from(directory: RunDirectory, say: Say) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint; a torn or edited one is refused by name, and the one before it is used."""
-    for saved in reversed(checkpoint.whole(directory.checkpoints)):
+    for saved in reversed(whole(directory.checkpoints)):
         try:
             return saved.path, checkpoint.load(saved.path)
         except ValueError as error:

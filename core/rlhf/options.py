@@ -8,8 +8,10 @@ class TemperedConfig:
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -97,10 +99,15 @@ def default_of(field: attrs.Attribute[Any]) -> Any:
     return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
 
 
-def fields(config: type) -> dict[str, attrs.Attribute[Any]]:
+def fields(config: type) -> Mapping[str, attrs.Attribute[Any]]:
     """The option fields of a config class by name, their types resolved."""
+    return _fields(config)
+
+
+@functools.cache  # a table of plans asks for the same ones by the ten thousand
+def _fields(config: type) -> Mapping[str, attrs.Attribute[Any]]:
     attrs.resolve_types(config)
-    return {field.name: field for field in attrs.fields(config)}
+    return types.MappingProxyType({field.name: field for field in attrs.fields(config)})
 
 
 def type_name(kind: Any) -> str:
@@ -120,10 +127,13 @@ def type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def nearest(given: str, known: Iterable[str]) -> str | None:
-    """The known name most like `given`, or None when nothing is alike."""
+def nearest(given: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name most like `given`, or None when nothing is alike. Initials are alike: lr is learning_rate."""
     lowered = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=0.5)
+    short = [name for name in lowered if "".join(word[:1] for word in re.split(r"[-_]", name)) == given.lower()]
+    if len(short) == 1 and len(given) > 1 and given.lower() not in lowered:
+        return lowered[short[0]]
+    found = difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=cutoff)
     return lowered[found[0]] if found else None
 
 

@@ -15,10 +15,12 @@ from rlhf.data import Feed
 from rlhf.errors import Problem, RequestError
 from rlhf.floor import Ledger
 from rlhf.interfaces import Algorithm, Backend, Context, MemoryStrategy, OptimizerStrategy, State, Tracker
-from rlhf.models import Models, Scorer
+from rlhf.mixture import Mixture
+from rlhf.models import Models
 from rlhf.offline import OfflineData
 from rlhf.plan import Plan
 from rlhf.rollouts import Sampler
+from rlhf.scoring import Scorer
 
 Say = Callable[[str], None]
 
@@ -44,6 +46,8 @@ class Parts:
     heldout_prompts: list[tuple[Any, torch.Tensor]] = attrs.Factory(list)
     data: OfflineData | None = None
     heldout_data: OfflineData | None = None
+    mixture: Mixture | None = None
+    """Online: what is learnt beside."""
     last: int | None = None
     """Where the data ends for a run that goes by epochs: positions of items."""
 
@@ -57,12 +61,15 @@ class Parts:
         """Free what components hold outside this process."""
         if self.sampler is not None:
             self.sampler.engine.close()
+            for source in self.sampler.sources:
+                source.reward.close()
+        self.backend.close()
 
     def digest(self) -> str:
         """Of the data as encoded: a run goes on only with what it began with, since rows are known by number."""
         if self.data is not None:
             return self.data.digest()
-        found = hashlib.sha256()
+        found = hashlib.sha256((self.mixture.digest() if self.mixture is not None else "").encode())
         for _, tokens in self.prompts:
             found.update(tokens.numpy().tobytes() + b"/")
         return found.hexdigest()
@@ -75,6 +82,7 @@ def component_states(parts: Parts) -> State:
         "algorithm": parts.algorithm.state(),
         "optimizer": parts.optimizer.state(),
         "policy": parts.models.policy.state(),
+        "followers": parts.models.followers.state(),
         "memory": {
             module: {key: s.state() for key, s in _keyed(parts.plan, module, strategies)}
             for module, strategies in parts.models.strategies.items()
@@ -92,7 +100,8 @@ def check_data(parts: Parts, state: Mapping[str, Any]) -> None:
     """
     if state["digest"] != parts.digest():
         fix = "give it the data it began with, or start another run"
-        raise RequestError(Problem("--data holds other rows than the run began with", fix))
+        flags = "--data" if parts.mixture is None else "--data or --ptx-data"
+        raise RequestError(Problem(f"{flags} holds other rows than the run began with", fix))
 
 
 def restore(parts: Parts, state: Mapping[str, Any]) -> None:
@@ -101,9 +110,11 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> None:
     parts.algorithm.load_state(state["algorithm"])
     parts.optimizer.load_state(state["optimizer"])
     parts.models.policy.load_state(state["policy"])
+    parts.models.followers.load_state(state.get("followers", {}))
     for module, strategies in parts.models.strategies.items():
         for key, strategy in _keyed(parts.plan, module, strategies):
-            strategy.load_state(state["memory"][module][key])
+            if key in state["memory"][module]:  # what spreads weights may be another now, and keeps nothing
+                strategy.load_state(state["memory"][module][key])
     if parts.sampler:
         parts.sampler.engine.load_state(state["engine"])
         for source in parts.sampler.sources:

@@ -24,15 +24,14 @@ import attrs
 import yaml
 
 from rlhf import facts
-from rlhf.checkpoint import write_atomic
 from rlhf.compose import compose
 from rlhf.errors import Interrupted, Problem, RequestError, RunError
 from rlhf.facts import ModelFacts
+from rlhf.files import write_atomic
 from rlhf.options import nearest
 from rlhf.plan import plain
 from rlhf.recipe import from_mapping
 from rlhf.registry import Registry
-from rlhf.rundir import RunDirectory
 
 _RECIPES = "recipes"
 _NAME = re.compile(r"\w[\w-]*")
@@ -126,6 +125,8 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
         RunError: a stage failed.
         Interrupted: a signal asked to stop; the stage saved a checkpoint.
     """
+    from rlhf.rundir import RunDirectory
+
     content = yaml.safe_dump({"stages": {s.name: plain(s.recipe) for s in stages}}, sort_keys=False, allow_unicode=True)
     kept = output / "pipeline.yaml"
     if kept.is_file() and kept.read_text(encoding="utf-8") != content:
@@ -137,9 +138,11 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
         and not (output.is_dir() and {entry.name for entry in output.iterdir()} <= begun)
     ):
         raise RequestError(Problem(f"--output {output}: holds something that is no pipeline", "give another folder"))
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept, content)
-    (output / _RECIPES).mkdir(exist_ok=True)
+    try:
+        (output / _RECIPES).mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, content)
+    except OSError as error:
+        raise RequestError(Problem(f"--output {output}: cannot be written: {error.strerror}")) from error
     models = {stage.name: str(output / stage.name) for stage in stages}
     results = []
     for number, stage in enumerate(stages, 1):

@@ -11,15 +11,16 @@ import attrs
 import cattrs
 
 from rlhf import API_VERSION
-from rlhf.entries import AlgorithmEntry, Entry, MemoryEntry, Role
+from rlhf.entries import AlgorithmEntry, Entry, Follows, MemoryEntry, Role
 from rlhf.errors import Problem, RequestError
 from rlhf.facts import Gpu, Machine, ModelFacts
 from rlhf.options import structure
 from rlhf.recipe import RunOptions
 from rlhf.registry import Registry
 
-View = Literal["own", "adapters-off", "trunk"]
-"""How a role uses its module: alone; as the other role's module with its adapters off; by a head on its trunk."""
+View = Literal["own", "adapters-off", "trunk", "adapter"]
+"""How a role uses its module: alone; as the other role's module with its adapters off; by a head on its trunk; by
+adapters (and a head) of its own on the other's base."""
 
 
 @attrs.frozen
@@ -77,6 +78,11 @@ class RolePlan:
     def name(self) -> str:
         return self.role.name
 
+    @property
+    def chooses(self) -> bool:
+        """Its memory strategies are its own, and act for it; the other views follow their module's owner."""
+        return self.view in ("own", "adapter")
+
     def provides(self) -> frozenset[str]:
         return frozenset().union(*(component.entry.provides for component in self.mem))
 
@@ -106,6 +112,8 @@ class Plan:
     eval_data: tuple[DataSource, ...]
     run: RunOptions
     machine: Machine
+    ptx_data: tuple[DataSource, ...] = ()
+    """Completions that are learnt beside, by `run.ptx_coef`."""
     notes: tuple[str, ...] = ()
     """Decisions that the user didn't make, each with its reason."""
 
@@ -115,13 +123,18 @@ class Plan:
         return self.algo.entry
 
     @property
+    def world_size(self) -> int:
+        """Ranks of the run: those it is one of, else those it is to start."""
+        return max(self.run.nproc, self.machine.world_size)
+
+    @property
     def online(self) -> bool:
         return "rollouts" in self.algo.entry.requires
 
     @property
     def objective(self) -> tuple[str, Literal["max", "min"]]:
         """The held-out metric that says which checkpoint is best, and its direction."""
-        return self.algorithm_entry.objective or (("reward/mean", "max") if self.online else ("loss", "min"))
+        return self.algorithm_entry.objective or (("reward/mean", "max") if self.rewards else ("loss", "min"))
 
     @property
     def mem(self) -> tuple[Component, ...]:
@@ -143,7 +156,12 @@ class Plan:
         yield self.backend
         yield self.launch
         yield from self.trackers
-        yield from {source.format.name: source.format for source in (*self.data, *self.eval_data)}.values()
+        yield from {source.format.name: source.format for source in self.sources}.values()
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """All data."""
+        return (*self.data, *self.eval_data, *self.ptx_data)
 
     def provides(self) -> frozenset[str]:
         """What the chosen components and the machine provide together."""
@@ -170,7 +188,7 @@ class Plan:
             "roles": [
                 {
                     "role": attrs.asdict(role.role),
-                    "model": {"path": role.model.path, "config": role.model.config},
+                    "model": attrs.asdict(role.model),
                     "mem": [component.to_json() for component in role.mem],
                     "module": role.module,
                     "view": role.view,
@@ -179,6 +197,7 @@ class Plan:
             ],
             "data": [{"path": s.path, "format": s.format.to_json()} for s in self.data],
             "eval_data": [{"path": s.path, "format": s.format.to_json()} for s in self.eval_data],
+            "ptx_data": [{"path": s.path, "format": s.format.to_json()} for s in self.ptx_data],
             "run": attrs.asdict(self.run),
             "machine": _machine_json(self.machine),
             "notes": list(self.notes),
@@ -193,21 +212,21 @@ class Plan:
             return {"name": component.name, **label, **written["options"]}
 
         # Where files are of several formats, each is found by its name again; what was said holds for all of them.
-        formats = _common([pick(source.format) for source in (*self.data, *self.eval_data)])
+        formats = _common([pick(source.format) for source in self.sources])
         adapted = any("adapters" in component.entry.provides for component in self.mem)
         paths = {role.name: role.model.path for role in self.roles if role.name not in ("model", "given")}
         models = {  # where a role starts as another does, nothing is written: it would be looked up in its own name
             role.name: {"model": role.model.path} if role.model.path != paths.get(role.role.start) else {}
             for role in self.roles
         }
-        own = [role for role in self.roles if role.view == "own"]  # other views follow; a choice would undo them
+        own = [role for role in self.roles if role.chooses]  # other views follow; a choice would undo them
         # Memory strategies are written once where they read back so, else for each role and not for all.
         alike = all(
             role.mem == tuple(c for c in self.mem if isinstance(c.entry, MemoryEntry) and c.entry.acts_on(role.role))
             and (role.role.trainable or bool(models[role.name]) or not adapted)
             for role in own
         )
-        shared = [role.model.path for role in self.roles if role.view != "own" and role.role.start == "model"]
+        shared = [role.model.path for role in self.roles if not role.chooses and role.role.start == "model"]
         recipe: dict[str, Any] = {
             "algo": pick(self.algo),
             "policy": pick(self.policy),
@@ -226,6 +245,7 @@ class Plan:
             },
             "data": [source.path for source in self.data],
             "eval_data": [source.path for source in self.eval_data],
+            "ptx_data": [source.path for source in self.ptx_data],
             **attrs.asdict(self.run),
         }
         written: dict[str, Any] = plain(recipe)
@@ -299,8 +319,8 @@ def plan_from_json(content: Mapping[str, Any], registry: Registry) -> Plan:
         trackers=tuple(one(part) for part in content["trackers"]),
         roles=tuple(
             RolePlan(
-                Role(**part["role"]),
-                ModelFacts(part["model"]["path"], part["model"]["config"]),
+                _role(part["role"]),
+                ModelFacts(**part["model"]),
                 tuple(one(component) for component in part["mem"]),
                 part["module"],
                 part["view"],
@@ -309,6 +329,7 @@ def plan_from_json(content: Mapping[str, Any], registry: Registry) -> Plan:
         ),
         data=tuple(DataSource(part["path"], one(part["format"])) for part in content["data"]),
         eval_data=tuple(DataSource(part["path"], one(part["format"])) for part in content["eval_data"]),
+        ptx_data=tuple(DataSource(part["path"], one(part["format"])) for part in content.get("ptx_data", ())),
         run=RunOptions(**content["run"]),
         machine=Machine(
             cpus=machine["cpus"],
@@ -316,6 +337,7 @@ def plan_from_json(content: Mapping[str, Any], registry: Registry) -> Plan:
             memory_bytes=machine["memory_bytes"],
             gpus=gpus,
             world_size=machine["world_size"],
+            vendor=machine.get("vendor", ""),
         ),
         notes=tuple(content["notes"]),
     )
@@ -333,3 +355,8 @@ def resource(reference: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         return reference
     return str(Path(next(iter(spec.submodule_search_locations))) / name)
+
+
+def _role(content: Mapping[str, Any]) -> Role:
+    follows = content.get("follows")
+    return Role(**{**content, "follows": Follows(**follows) if follows else None})

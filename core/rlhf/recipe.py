@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import yaml
 
+from rlhf import library
 from rlhf.entries import KINDS, MANY, NONE
 from rlhf.errors import Problem, RequestError
 from rlhf.options import fields, nearest, option
@@ -23,7 +24,7 @@ class RunOptions:
         None, help="end after this many steps, however often they pass over the data; left out, after --epochs", ge=1
     )
     epochs: float = option(1.0, help="passes over the data, where --max-steps is left out", gt=0)
-    batch_size: int = option(32, help="rows (offline) or prompts (online) a step, over all ranks", ge=1)
+    batch_size: int = option(32, help="rows (offline) or prompts (online) a step, over all ranks", ge=1, le=10_000_000)
     micro_batch_tokens: int = option(
         8192, help="upper bound of one forward, padding included; changes speed and memory, not results", unit="tokens",
         ge=1,
@@ -39,6 +40,23 @@ class RunOptions:
     eval_temperature: float | None = option(
         None, help="of held-out sampling; left out, the engine's own, with seeds that never change", ge=0
     )
+    importance: str = option(
+        "token", help="weights for samples of an engine whose log-probs aren't exact: a token's own, its whole "
+        "response's (the product over the tokens), or none",
+        source="TIS, Yao et al. 2025", choices=("token", "sequence", "off"),
+    )  # fmt: skip
+    importance_cap: float = option(
+        2.0, help="the largest importance weight; what is above it follows --importance-beyond", source="TIS's C", ge=1
+    )
+    importance_beyond: str = option(
+        "clip", help="what becomes of a weight above the cap: the cap, or 0, so that the token isn't learnt from",
+        source="clip: TIS; mask: IcePop, Ling Team 2025", choices=("clip", "mask"),
+    )  # fmt: skip
+    ptx_coef: float = option(
+        0.0, help="weight of the mean next-token loss on --ptx-data, in every optimiser step of an online algorithm",
+        source="PPO-ptx, InstructGPT, whose gamma is 27.8", ge=0,
+    )  # fmt: skip
+    ptx_batch_size: int = option(16, help="rows of --ptx-data an optimiser step, over all ranks", ge=1, le=10_000_000)
     nproc: int = option(1, help="processes to start on this machine", ge=1)
     trust_remote_code: bool = option(False, help="run code that comes with a model; only for models you have read")
 
@@ -81,6 +99,7 @@ class Recipe:
     model: str | None = None
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
+    ptx_data: tuple[str, ...] = ()
     run: Mapping[str, Any] = attrs.Factory(dict)
     """Raw run options, as given."""
 
@@ -105,6 +124,7 @@ class Recipe:
             model=over.model or self.model,
             data=over.data or self.data,
             eval_data=over.eval_data or self.eval_data,
+            ptx_data=over.ptx_data or self.ptx_data,
             run={**self.run, **over.run},
         )
 
@@ -114,7 +134,7 @@ def _laid_over(below: Iterable[Pick], above: Iterable[Pick]) -> tuple[Pick, ...]
     return tuple(attrs.evolve(p, options={**given.get((p.name, p.label), {}), **p.options}) for p in above)
 
 
-_TOP = {*KINDS, "roles", "model", "data", "eval_data"}
+_TOP = {*KINDS, "roles", "model", "data", "eval_data", "ptx_data"}
 
 
 def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
@@ -149,6 +169,7 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
         model=_text(content.get("model"), f"{where}: model", problems),
         data=_paths(content.get("data"), f"{where}: data", problems),
         eval_data=_paths(content.get("eval_data", content.get("eval-data")), f"{where}: eval_data", problems),
+        ptx_data=_paths(content.get("ptx_data", content.get("ptx-data")), f"{where}: ptx_data", problems),
         run=run,
     )
     if problems:
@@ -162,7 +183,7 @@ def from_file(path: str | Path) -> Recipe:
     Raises:
         RequestError: no such file, not YAML, or not a recipe.
     """
-    return from_mapping(read_yaml(path), str(path))
+    return from_mapping(read_yaml(library.find(str(path))), str(path))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -264,6 +285,7 @@ def _paths(value: Any, where: str, problems: list[Problem]) -> tuple[str, ...]:
     return tuple(items)
 
 
+_PATHS = ("model", "data", "eval_data", "ptx_data")
 _ROLE_VALUE = re.compile(r"([\w-]+)=(.+)")
 
 
@@ -273,7 +295,7 @@ def from_flags(
     """Make a recipe of what was typed.
 
     Args:
-        flags: run options given on the command line, by name; and "model", "data", "eval_data".
+        flags: run options given on the command line, by name; and "model", "data", "eval_data", "ptx_data".
         field_options: ("kind.field" or "kind.component.field", value), in the order typed; True where none was.
         named: kind -> the values of its flag, in the order typed.
 
@@ -283,6 +305,11 @@ def from_flags(
     problems: list[Problem] = []
     picks: dict[str, tuple[Pick, ...]] = {}
     roles: dict[str, RoleRecipe] = {}
+    given = {**named, **{name: flags.get(name) or () for name in _PATHS}}
+    for name, values in given.items():  # such as of a shell variable that is not set
+        if any(not value.replace(",", "").strip() for value in values):
+            flag = f"--{name.replace('_', '-')}"
+            problems.append(Problem(f"{flag} is given nothing", f"{flag} VALUE, or leave it out"))
     for kind, values in named.items():
         found: list[Pick] = []
         for value in values:
@@ -330,5 +357,6 @@ def from_flags(
         models[0] if models else None,
         tuple(flags.get("data") or ()),
         tuple(flags.get("eval_data") or ()),
+        tuple(flags.get("ptx_data") or ()),
         run,
     )

@@ -23,8 +23,9 @@ from rlhf.options import fields, nearest
 if TYPE_CHECKING:
     from rlhf.plan import Component
 
-_NAME = re.compile(r"[a-z0-9]+([-+._][a-z0-9]+)*\+*")
-_HEAVY = ("torch", "transformers", "vllm", "deepspeed")
+NAME = re.compile(r"[a-z0-9]+\+*([-+._][a-z0-9]+\+*)*")
+"""Of a component."""
+HEAVY = ("torch", "transformers", "vllm", "deepspeed")
 
 
 @attrs.frozen
@@ -124,10 +125,14 @@ def _present(module: str) -> bool:
         return False
 
 
+def _other_api(version: object) -> str:
+    return f"made for plugin API {version}, this is {API_VERSION}: install a matching release of it"
+
+
 def _check(entry: Entry) -> str:
     if entry.api_version != API_VERSION:
-        return f"made for plugin API {entry.api_version}, this is {API_VERSION}: install a matching release of it"
-    if not _NAME.fullmatch(entry.name):
+        return _other_api(entry.api_version)
+    if not NAME.fullmatch(entry.name):
         return f"{entry.name!r} is no legal name: lower case, digits, and - + . between them"
     if entry.name == NONE:
         return f"{NONE!r} is no legal name: it stands for no component"
@@ -168,6 +173,12 @@ def _distributions(registry: Registry) -> Iterator[tuple[importlib.metadata.Entr
                 yield point, name, version
 
 
+def packages() -> list[str]:
+    """The top packages of all entry modules, ours first."""
+    points = sorted(_distributions(Registry()), key=lambda found: (found[1] != "rlhf-kit", found[1], found[0].name))
+    return list(dict.fromkeys(point.module.partition(".")[0] for point, _, _ in points))
+
+
 def load() -> Registry:
     """Load every plugin. Never raises for what a plugin does; see `Registry.warnings`."""
     registry = Registry()
@@ -181,18 +192,22 @@ def load() -> Registry:
             registry.fail(source, f"its entry-point name is taken by {taken[point.name]}")
             continue
         taken[point.name] = source
-        heavy_before = {name for name in _HEAVY if name in sys.modules}
+        heavy_before = {name for name in HEAVY if name in sys.modules}
         try:
             plugin = point.load()
         except (Exception, SystemExit) as error:
             registry.fail(source, f"importing {point.value!r} failed: {type(error).__name__}: {error}")
             continue
-        heavy = [name for name in _HEAVY if name in sys.modules and name not in heavy_before]
+        heavy = [name for name in HEAVY if name in sys.modules and name not in heavy_before]
         if heavy:
             registry.warnings.append(
                 f"plugin {source} imports {', '.join(heavy)} in its entry module {point.value!r}, which slows every "
                 "command; its author should name the implementation in impl='module:Class' instead"
             )
+        declared = getattr(plugin, "api_version", API_VERSION)
+        if declared != API_VERSION:  # said before its hooks are looked at, which may be of that version
+            registry.fail(source, _other_api(declared))
+            continue
         try:
             manager.register(plugin, name=f"{distribution}:{point.name}")
         except Exception as error:
@@ -247,8 +262,6 @@ def resolve(component: Component) -> Any:
     Raises:
         RequestError: its module can't be imported, whatever it raises, or holds no such class of this kind.
     """
-    from rlhf.interfaces import CLASS_OF_KIND  # imports torch
-
     where = f"{component}: its implementation {component.entry.impl}"
     fix = f"install {component.distribution or 'it'} again, or tell its author"
     module, _, name = component.entry.impl.partition(":")
@@ -257,10 +270,21 @@ def resolve(component: Component) -> Any:
     except (Exception, SystemExit) as error:
         what = f"{where} could not be imported: {type(error).__name__}: {error}"
         raise RequestError(Problem(what, fix)) from error
-    wanted = CLASS_OF_KIND[component.kind]
+    wanted = _class_of(component.kind)
     if not (isinstance(found, type) and issubclass(found, wanted)):
         raise RequestError(Problem(f"{where} is no class that derives from rlhf.api.{wanted.__name__}", fix))
     return found
+
+
+def _class_of(kind: str) -> type[Any]:
+    """What implementations of a kind derive from."""
+    if kind == "launch":
+        from rlhf.component import Launcher
+
+        return Launcher
+    from rlhf.interfaces import CLASS_OF_KIND  # imports torch
+
+    return CLASS_OF_KIND[kind]
 
 
 def loaded() -> Registry:

@@ -17,10 +17,15 @@ from typing import Any
 import attrs
 import yaml
 
-from rlhf.charts import chart, is_number, written
+from rlhf import hub
+from rlhf.charts import bar, chart, columns, is_number, written
 from rlhf.errors import Problem, RequestError
+from rlhf.timeline import PARTS
 
-NAMESPACES = ("heldout", "reward", "response", "", "loss", "kl", "policy", "value", "time", "perf", "memory")
+NAMESPACES = (
+    "heldout", "reward", "response", "", "loss", "kl", "policy", "value", "engine", "importance", "time", "perf",
+    "memory",
+)  # fmt: skip
 """The order of the charts; "" are the metrics without a namespace. Others follow by name."""
 SAMPLES = 4
 """Shown of the first step and of the last; the others are counted."""
@@ -64,8 +69,10 @@ def read(run_dir: Path) -> Run:
         RequestError: the folder is no run.
     """
     if not any((run_dir / name).is_file() for name in ("plan.json", "recipe.yaml", "metrics.jsonl")):
-        what = "there is no such folder" if not run_dir.is_dir() else "is no run: it has no plan.json"
-        raise RequestError(Problem(f"{run_dir}: {what}", "give a run's folder, such as one under runs/"))
+        what = "is no run: it has no plan.json" if run_dir.is_dir() else "there is no such folder"
+        what = "is a file" if run_dir.is_file() else what
+        hint = f"{hub.near(str(run_dir), Path.is_dir)}give a run's folder, such as one under runs/"
+        raise RequestError(Problem(f"{run_dir}: {what}", hint))
     run = Run(run_dir)
     run.recipe = _text(run, "recipe.yaml")
     run.plan = _object(run, "plan.json")
@@ -132,6 +139,7 @@ def _page(run: Run) -> str:
     sections = [
         _headline(run),
         _gaps(run),
+        _timeline(run),
         *_charts(run),
         *_samples(run),
         *_plan(run),
@@ -167,6 +175,7 @@ def _headline(run: Run) -> str:
         "steps": run.summary.get("steps", last),
         "wall time": _duration(run.summary.get("wall_seconds")),
         "peak memory": _gigabytes(run.summary.get("peak_rss_bytes")),
+        "peak memory, planned": _gigabytes(_predicted(run).get("needed_bytes")),
         "peak memory of the device": _gigabytes(run.summary.get("peak_device_bytes")),
         "tokens per second, median": _median(run.metrics, "perf/tokens_per_second"),
         "floor ratio, median": _median(run.metrics, "perf/floor_ratio"),
@@ -212,6 +221,25 @@ def _charts(run: Run) -> Iterable[str]:
             ]
             charts.append(chart(name, points))
         yield _section(namespace or "Training", f'<div class="charts">{"".join(charts)}</div>')
+
+
+def _timeline(run: Run) -> str:
+    """Where a step's seconds go: the mean step, and every one. Empty where the run tells of none."""
+    lines = [line for line in run.metrics if all(is_number(line.get(f"time/{part}")) for part in (*PARTS, "step"))]
+    steps = [(line["step"], [max(0.0, line[f"time/{part}"]) for part in PARTS]) for line in lines]
+    means = [sum(values) / len(steps) for values in zip(*(parts for _, parts in steps), strict=True)]
+    total = sum(means)
+    if not total:
+        return ""
+    rows = "".join(
+        f'<tr><td><i class="p{at}"></i>{part}</td><td>{seconds:.3g}</td><td>{seconds / total:.1%}</td></tr>'
+        for at, (part, seconds) in enumerate(zip(PARTS, means, strict=True))
+    )
+    wall = sum(line["time/step"] for line in lines) / len(lines)
+    table = f"<tr><th></th><th>s, mean of {len(steps)} steps</th><th>share</th></tr>{rows}"
+    table += f"<tr><th>step</th><td>{wall:.3g}</td><td>{total / wall:.1%}</td></tr>" if wall > 0 else ""
+    body = bar(list(zip(PARTS, means, strict=True)), "s") + f'<div class="wide"><table>{table}</table></div>'
+    return _section("A step's timeline", body + columns("seconds of each step by phase", steps, "s"))
 
 
 def _samples(run: Run) -> Iterable[str]:
@@ -261,11 +289,17 @@ def _plan(run: Run) -> Iterable[str]:
     for key in ("run", "machine"):
         if isinstance(plan.get(key), Mapping):
             body += f"<details><summary>{key}</summary>{_tree(plan[key])}</details>"
-    data = [str(source.get("path")) for key in ("data", "eval_data") for source in _items(plan.get(key))]
+    data = [str(source.get("path")) for key in ("data", "eval_data", "ptx_data") for source in _items(plan.get(key))]
     body += "<h3>Data</h3>" + _list(data) if data else ""
     notes = [str(note) for note in plan.get("notes") or ()]
     body += "<h3>Decided by the composition</h3>" + _list(notes) if notes else ""
     yield _section("Plan", body)
+
+
+def _predicted(run: Run) -> Mapping[str, Any]:
+    """What the plan said that the run would take, at the longest sequences."""
+    found = run.plan.get("prediction")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _component_rows(component: Mapping[str, Any]) -> list[list[str]]:
@@ -356,6 +390,9 @@ header p, figcaption, dt, th, article p { color: var(--dim) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
 dd { margin: 0; overflow-wrap: anywhere }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem }
+.p0 { --of: #3b6fc4 } .p1 { --of: #d98a2b } .p2 { --of: #5aa469 } .p3 { --of: #9a5fb5 } .p4 { --of: #c9504f }
+.p5 { --of: #4aa7ae } .p6 { --of: #9aa0a8 } rect { fill: var(--of) }
+i { display: inline-block; width: .8em; height: .8em; margin-right: .5em; background: var(--of) }
 figure { margin: 0 } figcaption { font-size: .85rem; overflow-wrap: anywhere } figcaption b { color: var(--ink) }
 svg { width: 100%; height: auto } svg text { font-size: 9px; fill: var(--dim) }
 .line { fill: none; stroke: var(--line); stroke-width: 1.5; stroke-linejoin: round }

@@ -9,9 +9,9 @@ import attrs
 
 from rlhf import facts
 from rlhf.entries import MemoryEntry, Role
-from rlhf.errors import Problem
+from rlhf.errors import PluginError, Problem
 from rlhf.facts import ModelFacts
-from rlhf.plan import Component, RolePlan, phase_order
+from rlhf.plan import Component, RolePlan, phase_order, resource
 from rlhf.recipe import RoleRecipe
 
 Asked = Mapping[str, RoleRecipe]
@@ -19,9 +19,20 @@ Asked = Mapping[str, RoleRecipe]
 
 
 def roles_of(component: Component) -> tuple[Role, ...]:
-    """The roles that a component asks for, with the options that it has."""
+    """The roles that a component asks for, with the options that it has.
+
+    Raises:
+        PluginError: its function for them fails.
+    """
     roles = component.entry.roles
-    return roles(component.config) if callable(roles) else roles
+    try:
+        found = tuple(roles(component.config) if callable(roles) else roles)
+        wrong = [role for role in found if not isinstance(role, Role)]
+        if wrong:
+            raise TypeError(f"a {type(wrong[0]).__name__} is no Role")
+    except Exception as error:  # a plugin's fault must not take down a run that may not even use it
+        raise PluginError(f"{component}: its roles can't be told: {type(error).__name__}: {error}") from error
+    return found
 
 
 def wanted_roles(algorithm: Component, rewards: Iterable[Component]) -> list[Role]:
@@ -34,11 +45,15 @@ def wanted_roles(algorithm: Component, rewards: Iterable[Component]) -> list[Rol
     waiting, ordered = roles, list[Role]()
     while waiting:
         done = {role.name for role in ordered} | {"model", "given"}
-        ready = [role for role in waiting if {role.start, role.shares or role.start} & names <= done]
+        ready = [role for role in waiting if {role.start, role.shares or role.start, _followed(role)} & names <= done]
         taken = (ready or waiting)[0]  # a circle is left as it is
         waiting.remove(taken)
         ordered.append(taken)
     return ordered
+
+
+def _followed(role: Role) -> str:
+    return role.follows.role if role.follows else role.start
 
 
 def name_problems(algorithm: Component, roles: list[Role], asked: Asked) -> Iterator[Problem]:
@@ -77,7 +92,7 @@ def role_models(
             flag = "--model PATH" if role.start == "model" else f"--model {role.name}=PATH"
             problems.append(Problem(f"the role {role.name!r} needs a model", f"give it with {flag}"))
             continue
-        read = known.get(path) or facts.model(path, role.name)
+        read = known.get(path) or facts.model(resource(path), role.name)
         if isinstance(read, Problem):
             problems.append(read)
         else:
@@ -120,9 +135,13 @@ class Memory:
         used = [component for plan in plans for component in plan.mem]
         for component in self.everyone:
             if component not in used:
-                fits = any(_entry(component).acts_on(plan.role) for plan in plans)
-                none = f"it is for none of {', '.join(plan.name for plan in plans)}"
-                why = "every role it is for has a choice of its own" if fits else none
+                fitting = [plan for plan in plans if _entry(component).acts_on(plan.role)]
+                why = f"it is for none of {', '.join(plan.name for plan in plans)}"
+                if fitting and all(plan.view == "own" for plan in fitting):
+                    why = "every role it is for has a choice of its own"
+                elif fitting:
+                    names = ", ".join(plan.name for plan in fitting)
+                    why = f"no role it is for ({names}) has a module of its own"
                 yield Problem(f"--mem {component.key} would do nothing: {why}", "leave it out")
 
 
@@ -142,17 +161,25 @@ def place(
         if role.name not in models:
             continue
         model, alone = models[role.name], asked.get(role.name, RoleRecipe()) == RoleRecipe()
+        mem = memory.of(role)
         trunk = next((plan for plan in plans if plan.name == role.shares), None)
         lender = next((plan for plan in plans if alone and _lends(plan, role, memory)), None)
+        host = next((plan for plan in plans if _hosts(plan, role, mem)), None)
         if trunk is not None:
             problems += _trunk_problems(role, trunk, alone)
             plans.append(RolePlan(role, model, trunk.mem, trunk.module, "trunk"))
+            problems += _follow_problems(plans)
         elif lender is not None:
             plans.append(RolePlan(role, model, lender.mem, lender.module, "adapters-off"))
+        elif host is not None and role.shares is None:
+            plans.append(RolePlan(role, model, mem, host.module, "adapter"))
         else:
             if role.shares is not None:
                 problems.append(Problem(f"role {role.name} is a head on a role {role.shares!r} that is not there"))
-            plans.append(RolePlan(role, model, memory.of(role), role.name))
+            if role.head == "tokens":
+                problems.append(Problem(f"role {role.name}: a head of tokens must share another role's trunk"))
+            plans.append(RolePlan(role, model, mem, role.name))
+            problems += _follow_problems(plans)
     return plans, problems
 
 
@@ -161,17 +188,58 @@ def _lends(other: RolePlan, role: Role, memory: Memory) -> bool:
     return (
         role.start == other.name
         and not role.trainable
+        and role.follows is None
         and other.role.trainable
         and role.head == other.role.head
         and "adapters" in other.provides()
-        # What was said for every role holds for this one too: it can't borrow a module that lacks it.
-        and all(component in other.mem for component in memory.said(role))
+        # What was said for every role holds for this one too: it can't borrow a module that lacks it. But where frozen
+        # modules are to lie is no reason to have one.
+        and all(component in other.mem or _only_places(_entry(component)) for component in memory.said(role))
     )
+
+
+def _only_places(entry: MemoryEntry) -> bool:
+    return entry.applies == "frozen" and entry.phase == "shard"
+
+
+def _hosts(other: RolePlan, role: Role, mem: tuple[Component, ...]) -> bool:
+    """Whether a trained role's base takes adapters of this one too, as was asked for both. Of the base itself that is
+    judged by whoever offers it."""
+    return (
+        other.view == "own"
+        and other.role.trainable
+        and {"adapters", _SHARED} <= other.provides()
+        and _SHARED in frozenset().union(*(component.entry.provides for component in mem))
+        and (other.role.head == "lm" or role.head == "scalar")
+    )
+
+
+_SHARED = "one-base"
+"""The capability of a strategy by which roles share a base, each with adapters of its own on it."""
 
 
 def _trunk_problems(role: Role, trunk: RolePlan, alone: bool) -> Iterator[Problem]:
     where = f"role {role.name} is a head on {trunk.name}'s trunk"
     if not alone:
         yield Problem(f"{where}: it has no model or --mem of its own", f"choose for {trunk.name}")
-    if role.trainable != trunk.role.trainable:
+    if role.trainable != trunk.role.trainable and role.follows is None:
         yield Problem(f"{where}, and only one of the two is trained")
+
+
+def _follow_problems(plans: list[RolePlan]) -> Iterator[Problem]:
+    """Why the last of these can't run after the one that it follows."""
+    own = plans[-1]
+    if own.role.follows is None:
+        return
+    where = f"role {own.name} follows {own.role.follows.role}"
+    other = next((plan for plan in plans[:-1] if plan.name == own.role.follows.role), None)
+    if other is None or not other.role.trainable or own.role.trainable:
+        yield Problem(f"{where}: it must be frozen, and the other one there and trained")
+    elif (other.view, other.role.head) != (own.view, own.role.head):
+        yield Problem(f"{where}, which is of another sort, or has a module of another sort")
+    elif own.view == "own" and "adapters" in other.provides():
+        yield Problem(f"{where}, whose weights are adapters on a base that stays", "leave the adapters out")
+    elif own.view == "own" and any(_entry(component).phase != "load" for component in own.mem):
+        named = ", ".join(component.key for component in own.mem if _entry(component).phase != "load")
+        yield Problem(f"{where}, so its weights must be plain and in their place, and --mem {named} changes that",
+                      f"give it none but a precision: --mem {own.name}=NAME")  # fmt: skip

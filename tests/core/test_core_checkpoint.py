@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fake_ranks import in_two_ranks
 from rlhf import checkpoint
+from rlhf.checkpoint import Piece
 from rlhf.loop import resume_from
 from rlhf.rundir import RunDirectory
+from rlhf.world import World
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -266,7 +269,56 @@ def test_an_atomic_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pyte
     def cut_short(source: Any, target: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf.checkpoint.os.replace", cut_short)
+    monkeypatch.setattr("rlhf.files.os.replace", cut_short)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_atomic(path, "after")
     assert path.read_text() == "before"
+
+
+# Tensors that are spread over ranks
+
+
+def spread_state(rank: int) -> dict[str, Any]:
+    """A [2, 5] tensor of 0..9, of which rank 0 has the first 3 elements and rank 1 the rest; another is rank 1's."""
+    whole = torch.arange(10, dtype=torch.bfloat16)
+    own = Piece(whole[:3] if rank == 0 else whole[3:], (2, 5), 0 if rank == 0 else 3)
+    there = Piece(torch.ones(4 * rank), (2, 2), 0)
+    return {"backend": {"weights": {"a/b": own, "c": there}, "step": 3 + rank}, "other": {"x": torch.ones(2) * rank}}
+
+
+def test_pieces_of_two_fake_ranks_are_read_by_any_number(tmp_path: Path) -> None:
+    folder, same_folder = in_two_ranks(
+        lambda rank, world: checkpoint.save(tmp_path, 1, spread_state(rank), None, world)
+    )
+    assert folder == same_folder and [saved.step for saved in checkpoint.whole(tmp_path)] == [1]
+    state = checkpoint.load(folder)
+    assert state["backend"]["step"] == 3 and state["other"]["x"].tolist() == [0, 0]  # what isn't spread is rank 0's
+    found = state["backend"]["weights"]["a/b"]
+    assert found.shape == (2, 5)
+    assert found.whole().dtype == torch.bfloat16 and found.whole().tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    for start, stop in ((0, 10), (0, 3), (3, 10), (2, 4), (4, 5), (9, 10), (6, 6)):
+        assert found.read(start, stop).tolist() == list(range(start, stop))
+    assert state["backend"]["weights"]["c"].whole().tolist() == [[1, 1], [1, 1]]
+
+
+def test_one_rank_may_hold_pieces_too(tmp_path: Path) -> None:
+    state = {"a": {"x": Piece(torch.arange(4), (4,), 0)}}
+    assert checkpoint.load(checkpoint.save(tmp_path, 1, state))["a"]["x"].whole().tolist() == [0, 1, 2, 3]
+
+
+def test_a_hole_between_pieces_is_refused(tmp_path: Path) -> None:
+    def work(rank: int, world: World) -> Path:
+        piece = Piece(torch.zeros(2), (5,), 3 * rank)  # nobody has element 2
+        return checkpoint.save(tmp_path, 1, {"a": {"x": piece}}, None, world)
+
+    folder = in_two_ranks(work)[0]
+    with pytest.raises(ValueError, match="elements 2 to 3"):
+        checkpoint.load(folder)
+
+
+def test_a_torn_file_of_a_rank_is_refused(tmp_path: Path) -> None:
+    folder = in_two_ranks(lambda rank, world: checkpoint.save(tmp_path, 1, spread_state(rank), None, world))[0]
+    file = folder / "rank-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"rank-1\.safetensors: is torn"):
+        checkpoint.load(folder)

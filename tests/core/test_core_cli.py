@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -188,7 +188,7 @@ def test_show_a_component(rlhf: Rlhf) -> None:
     out = rlhf("plugins", "show", "lora").out
     assert "provides adapters" in out
     assert "--mem.lora.rank int" in out
-    assert "did you mean 'lora'?" in rlhf("plugins", "show", "loraa").err
+    assert "the nearest: lora" in rlhf("plugins", "show", "loraa").err
     rows = json.loads(rlhf("plugins", "show", "lora", "--json").out)
     assert [(row["kind"], row["provides"], row["requires"], row["conflicts"]) for row in rows] == [
         ("mem", ["adapters"], [], [])
@@ -290,3 +290,167 @@ def test_a_typo_in_the_folder_to_resume_begins_nothing(tmp_path: Path, capsys: p
     said = capsys.readouterr().err
     assert "holds no run to go on with" in said and f"did you mean --output {tmp_path / 'first'}?" in said
     assert [place.name for place in tmp_path.iterdir()] == ["first"]
+
+
+# Several processes
+
+
+@pytest.mark.parametrize(("was", "now", "backend"), [("1", "2", "ddp"), ("2", "1", "single"), ("2", "3", "ddp")])
+def test_a_run_that_goes_on_with_more_or_less_processes_has_a_backend_for_them(
+    tmp_path: Path, rlhf: Callable[..., Ended], was: str, now: str, backend: str
+) -> None:
+    plan = json.loads(rlhf("plan", "--algo", "sft", "--nproc", was, "--json").out)
+    recipe = rlhf("run", "--algo", "sft", "--nproc", was, "--dry-run").out
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    ended = rlhf("run", "--resume", "--output", str(tmp_path), "--nproc", now, "--dry-run")
+    assert ended.code == 0 and yaml.safe_load(ended.out)["backend"]["name"] == backend
+    kept = rlhf("run", "--resume", "--output", str(tmp_path), "--dry-run")
+    assert yaml.safe_load(kept.out)["backend"] == yaml.safe_load(recipe)["backend"]
+
+
+def test_more_processes_than_were_started_are_refused(
+    rlhf: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    ended = rlhf("run", "--algo", "sft", "--nproc", "3")
+    assert ended.code == 2 and "--nproc 3: torchrun has started 2 processes, of which this is one" in ended.err
+    assert "backend    ddp" in rlhf("plan", "--algo", "sft").out
+    monkeypatch.setenv("RANK", "1")
+    ended = rlhf("run", "--algo", "sft", "--nproc", "3")
+    assert ended.code == 2 and not ended.err  # rank 0 has said it
+
+
+def test_single_is_refused_for_several(rlhf: Callable[..., Ended]) -> None:
+    ended = rlhf("plan", "--algo", "sft", "--backend", "single", "--nproc", "2")
+    assert ended.code == 2 and "--backend single is one process, the run has 2" in ended.err
+
+
+# What Click finds, said as all else is
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("run", "--max-step", "3"), "unknown option --max-step\n    did you mean --max-steps?"),
+        (("run", "--algo", "ppo", "--lr", "1"), "unknown option --lr\n    did you mean --optim.learning-rate?"),
+        (("run", "--lora-rank", "4"), "unknown option --lora-rank\n    did you mean --mem.lora.rank?"),
+        (("run", "--algo", "ppo", "--optim.lr", "1"), "--optim.lr\n    did you mean --optim.learning-rate?"),
+        (("eval", "x", "--row", "3"), "unknown option --row\n    did you mean --rows?"),
+        (("eval",), "missing argument 'RUN_DIR'\n    rlhf eval --help tells what it takes"),
+        (("eval", "x", "--rows", "no"), "invalid value for '--rows'"),
+        (("rn",), "there is no command 'rn'\n    did you mean rlhf run?"),
+        (("qqqq",), "there is no command 'qqqq'\n    commands: run, plan"),
+        (("plugins", "show", "loar"), "no component is called 'loar'\n    the nearest: lora"),
+        (("plugins", "show", "zzzz"), "rlhf plugins lists all"),
+        (("eval", "nosuch-run"), "nosuch-run: there is no such folder\n    give a run's folder"),
+        (
+            ("run", "nosuch.yaml"),
+            "there is no such recipe file\n    give a YAML file, or a shipped one: chat",
+        ),
+        (("run", "chat-ppo"), "chat-ppo: is a pipeline, not the recipe of one run\n    rlhf pipeline chat-ppo"),
+        (("run", "--algo", "sft", "--data", "ok.txt"), "--data ok.txt: there is no such file here\n    give a file"),
+        (("run", "--algo", ""), "--algo is given nothing\n    --algo VALUE, or leave it out"),
+        (("plan", "--algo", "sft", "--model", "", "--mem", ",,"), "--model is given nothing"),
+        (("plan", "--algo", "sft", "--data="), "--data is given nothing"),
+        (("run", "--algo", "sft", "--batch-size", "1e20"), "--batch-size must be <= 1e+07"),
+        (("run", "/"), "/: is a folder\n    give a YAML file"),
+        (("report", __file__), "is a file\n    give a run's folder"),
+        (("eval", __file__), "is a file\n    give a run's folder"),
+        (("pipeline", "sft-dpo", "--set", "sft.data=[1,2"), "--set sft.data=[1,2: the value is no YAML"),
+        (("pipeline", "sft-dpo", "--set", "sft.model=@dpo"), "stage sft: no stage 'dpo' comes before it"),
+        (("pipeline", "sft-dpo", "--set"), "option '--set' requires an argument\n    rlhf pipeline --help"),
+        (("pipeline", "sft-dpo", "--output", f"{__file__}/x"), "x: cannot be written: Not a directory"),
+        (("pipeline", "sft-dpo", "--set", "dpo.model=nosuch/dir"), "stage dpo: --model nosuch/dir: there is no such"),
+    ],
+)
+def test_a_slip_is_told_with_what_to_type_instead(rlhf: Rlhf, words: tuple[str, ...], says: str) -> None:
+    ended = rlhf(*words)
+    assert ended.code == 2 and says in ended.err
+    assert ended.err.startswith("error: ") and "Usage:" not in ended.err and "stage 1/" not in ended.err
+
+
+def test_help_shows_the_defaults_that_hold(rlhf: Rlhf) -> None:
+    def flat(*words: str) -> str:
+        return " ".join(rlhf("run", "--algo", "ppo", *words, "--help").out.split())
+
+    ours = flat()
+    assert "over all ranks [default: 128, set by the starter 'sums']" in ours
+    theirs = flat("--model", "org/name", "--data", "x.jsonl")
+    assert "over all ranks [default: 64, set by ppo]" in theirs
+    assert "may set another default [default: 3e-06, set by ppo]" in theirs
+    assert "[default: 32]" not in theirs
+
+
+def test_the_shipped_recipes_are_listed_and_checked_without_torch(rlhf: Rlhf) -> None:
+    listed = rlhf("pipeline", "--list")
+    assert listed.code == 0 and "chat-ppo " in listed.out and "recipes/chat-ppo.yaml" in listed.out
+    code = "import sys; from rlhf.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(set(sys.modules) & "
+    done = in_a_process("pipeline", "sft-dpo", "--dry-run", code=code + f"set({HEAVY})))")
+    assert done.returncode == 0 and done.stdout.startswith("stages:") and done.stdout.endswith("[]\n")
+
+
+def test_a_column_that_a_reward_needs_is_missed_before_a_model_is_loaded(
+    rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*arguments: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("rlhf.assemble.build", build)
+    (tmp_path / "goal.py").write_text("def score(completion, goal, hint=None): return 1.0\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "gaol": "b"}\n')
+    words = ("run", "--algo", "ppo", "--data", str(tmp_path / "rows.jsonl"), "--reward", "python",
+             "--reward.python.path", f"{tmp_path}/goal.py:score", "--output", str(tmp_path / "out"))  # fmt: skip
+    ended = rlhf(*words)
+    assert ended.code == 2
+    assert "1 x no column 'goal', which reward 'python' needs; its other columns: gaol" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "note"),
+    [
+        (3, ("--max-steps", "1"), "3 rows are fewer than the batch of 12: each is in every step 4 times"),
+        (3, ("--epochs", "1"), "3 rows are fewer than the batch of 12: the first step takes them all"),
+        (12, ("--epochs", "1"), ""),
+    ],
+)
+def test_fewer_rows_than_a_batch_are_noted(
+    rlhf: Rlhf, tmp_path: Path, count: int, words: tuple[str, ...], note: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Question: What is 1 + 1?\\nAnswer:", "completion": " 2"}\n' * count)
+    given = ("--algo", "sft", "--data", str(rows), "--batch-size", "12", "--eval-rows", "0", "--track", "none")
+    ended = rlhf("run", *given, "--output", str(tmp_path / "out"), *words)
+    assert ended.code == 0
+    assert (note in ended.err) and ("fewer than the batch" in ended.err) == bool(note)
+
+
+def test_a_reward_looks_at_each_row_before_a_model_is_loaded(
+    rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf.errors import RowError
+    from rlhf_plugins.rewards.length import Length
+
+    def check(reward: Length, row: Any) -> None:
+        if row.extra["size"] > 1:
+            raise RowError(f"size {row.extra['size']} is more than 1")
+
+    def build(*arguments: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(Length, "check", check, raising=False)
+    monkeypatch.setattr("rlhf.assemble.build", build)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "a", "size": {i}}}\n' for i in (2, 3, 2)))
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "size": 1}\n')
+    words = ("run", "--algo", "ppo", "--reward", "length", "--output", str(tmp_path / "out"))
+    refused = rlhf(*words, "--data", str(tmp_path / "rows.jsonl"))
+    assert refused.code == 2
+    assert (
+        "2 x reward 'length': size 2 is more than 1 (first: " in refused.err
+        and "1 x reward 'length': size 3 is more than 1" in refused.err
+    )
+    held_out = rlhf(*words, "--data", str(tmp_path / "good.jsonl"), "--eval-data", str(tmp_path / "rows.jsonl"))
+    assert held_out.code == 2 and "2 x reward 'length': size 2 is more than 1" in held_out.err

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.data import Feed, Refusals, Rows, derive, end_of
+from rlhf import facts
+from rlhf.compose import compose
+from rlhf.data import Feed, Refusals, Rows, derive, end_of, read
 from rlhf.errors import RequestError, RowError
-from rlhf.rows import PreferenceRow
+from rlhf.interfaces import Context
+from rlhf.recipe import from_mapping
+from rlhf.registry import loaded
+from rlhf.rows import LabelledRow, PreferenceRow
 
 
 def rows_of(count: int) -> Rows[int]:
@@ -104,3 +111,21 @@ def test_derived_seeds_are_stable_distinct_and_fit_63_bits() -> None:
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds) and math.log2(max(seeds)) > 61
     assert derive(7, "init", "policy") == 7517291984845461045  # blake2b("7/init/policy"), halved: the same everywhere
+
+
+def test_rows_of_one_record_are_held_out_together_or_not_at_all() -> None:
+    rows = Rows([(f"f:{i // 2}", i) for i in range(80)], Refusals(), ("f",), split=40)
+    kept, out = rows.held_out(0.25, most=128, seed=3)
+    assert len(kept) == 60 and len(out) == 20
+    assert not {where for where, _ in kept.items} & {where for where, _ in out.items}
+
+
+def test_records_of_several_rows_are_taken_apart_and_counted(tmp_path: Path) -> None:
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "a"}]
+    lines = [*pairs, {"prompt": "p", "completion": "c", "label": True}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = from_mapping({"algo": "kto", "data": str(tmp_path / "rows.jsonl")}, "test")
+    plan = compose(recipe, loaded(), facts.machine())
+    found = read(plan.data, LabelledRow, Context(plan=plan))
+    assert [(row.completion, row.label) for _, row in found.items] == [("a", True), ("b", False), ("c", True)]
+    assert found.split == 1 and found.refused.total == 1

@@ -63,9 +63,9 @@ def test_a_run_of_one_role_of_another_name(tmp_path: Path) -> None:
 def test_an_adapter_has_the_facts_of_its_base(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", config={"vocab_size": 7})
     adapter = folder(tmp_path / "adapter", adapter_config={"base_model_name_or_path": str(base)})
-    assert found(adapter) == ModelFacts(str(adapter), {"vocab_size": 7})
+    assert found(adapter) == ModelFacts(str(adapter), {"vocab_size": 7}, str(base))
     hub = folder(tmp_path / "hub", adapter_config={"base_model_name_or_path": "org/elsewhere"})
-    assert found(hub) == ModelFacts(str(hub), None)
+    assert found(hub) == ModelFacts(str(hub), None, "org/elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,19 @@ def test_an_adapter_of_itself(tmp_path: Path) -> None:
 def test_a_path_that_is_not_there(path: str) -> None:
     problem = facts.model(path)
     assert isinstance(problem, Problem)
-    assert problem.what == f"--model {path}: there is no such folder"
+    assert problem.what == f"--model {path}: there is no such folder here"
+
+
+def test_a_name_that_the_hub_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "frist.txt").write_text("a file is no model")
+    problem = facts.model("runs/frst")
+    assert isinstance(problem, Problem)
+    assert problem.what == "--model runs/frst: there is no such folder here, and the fake hub has no such thing"
+    assert problem.fix == "did you mean runs/first? give a model's folder, a run's, or a hub id such as org/name"
+    problem = facts.model("nosuch-thing-like-it")
+    assert isinstance(problem, Problem) and problem.fix.startswith("give a model's folder")
 
 
 def test_a_file_is_no_model(tiny_model: Path) -> None:
@@ -122,18 +134,19 @@ GPU_80 = Gpu("A", 80 << 30, (8, 0))
 
 
 @pytest.mark.parametrize(
-    ("flags", "gpus", "provides"),
+    ("flags", "vendor", "gpus", "provides"),
     [
-        ({"avx512_bf16"}, (), {"bf16"}),
-        ({"amx_bf16"}, (), {"bf16"}),
-        ({"bf16"}, (), {"bf16"}),  # as Linux on ARM calls it
-        ({"avx2", "avx512f"}, (), set()),
-        ({"avx2"}, (GPU_80,), {"cuda", "bf16"}),
-        ({"avx512_bf16"}, (GPU_80, Gpu("B", 1, (7, 5))), {"cuda"}),  # the weakest GPU says
+        ({"avx512_bf16"}, "AuthenticAMD", (), {"bf16", "fast-bf16"}),
+        ({"avx512_bf16"}, "GenuineIntel", (), {"bf16"}),  # half of float32's rate
+        ({"avx512_bf16", "amx_bf16"}, "GenuineIntel", (), {"bf16", "fast-bf16"}),
+        ({"bf16"}, "", (), {"bf16", "fast-bf16"}),  # as Linux on ARM calls it
+        ({"avx2", "avx512f"}, "GenuineIntel", (), set()),
+        ({"avx2"}, "GenuineIntel", (GPU_80,), {"cuda", "bf16", "fast-bf16"}),
+        ({"avx512_bf16"}, "AuthenticAMD", (GPU_80, Gpu("B", 1, (7, 5))), {"cuda"}),  # the weakest GPU says
     ],
 )
-def test_what_a_machine_provides(flags: set[str], gpus: tuple[Gpu, ...], provides: set[str]) -> None:
-    assert Machine(1, frozenset(flags), 1, gpus, 1).provides == provides
+def test_what_a_machine_provides(flags: set[str], vendor: str, gpus: tuple[Gpu, ...], provides: set[str]) -> None:
+    assert Machine(1, frozenset(flags), 1, gpus, 1, vendor).provides == provides
 
 
 def test_this_machine() -> None:

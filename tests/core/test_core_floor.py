@@ -9,12 +9,14 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from test_core_loop import Run, plan_of
 
+from at_work import Run, plan_of
+from fake_ranks import in_two_ranks
 from rlhf import floor
 from rlhf.floor import AttentionShape, Ledger, ModelShape, Peaks, Work
 from rlhf.peaks import measure
 from rlhf.sequences import Sequences
+from rlhf.world import World
 
 FULL = ModelShape(
     trunk=1000, trunk_trained=1000, head=300, head_trained=300, attention=(AttentionShape(width=8, cached=4),),
@@ -219,7 +221,7 @@ def test_the_higher_of_two_measurements_is_the_peak() -> None:
 def run_of(folder: Path, **recipe: Any) -> Run:
     run = Run(folder, plan_of(max_steps=1, **recipe))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf.loop.measure", lambda device, dtypes: Peaks(dict.fromkeys(dtypes, 1.0), bandwidth=1e12))
+        patch.setattr("rlhf.loop.measure", lambda device, dtypes, **_: Peaks(dict.fromkeys(dtypes, 1.0), 1e12))
         run.go()
     return run
 
@@ -246,6 +248,19 @@ def test_a_runs_floor_is_that_of_its_own_tokens(tmp_path: Path, at_once: bool) -
     more = metrics["perf/floor_seconds"] - least
     head = 2 * policy.head * lengths * (1 + 1 + 2 * 3)
     assert more > head
-    assert metrics["perf/floor_ratio"] == pytest.approx(
-        sum(v for k, v in metrics.items() if k.startswith("time/")) / metrics["perf/floor_seconds"]
-    )
+    assert metrics["perf/floor_ratio"] == pytest.approx(metrics["time/step"] / metrics["perf/floor_seconds"])
+
+
+def test_fake_ranks_are_measured_against_what_they_can_do_together(shared: Sequences) -> None:
+    """One rank has all the work of a pass and the other none: both could have had half."""
+
+    def work(rank: int, world: World) -> dict[str, float]:
+        ledger = Ledger(lambda role: (role, FULL, True, True))
+        ledger.scored(shared if rank == 0 else shared.select(torch.zeros(0, dtype=torch.long)), ["policy"])
+        return ledger.metrics(Peaks({"bfloat16": 100.0 + 100 * rank}, 1e9), 1000.0, world)
+
+    first, second = in_two_ranks(work)
+    assert first == second
+    flops = floor.forward(FULL, shared, lm=True).flops
+    assert first["perf/floor_seconds"] == pytest.approx(flops / 300)
+    assert first["perf/mfu"] == pytest.approx(flops / 300 / 1000)

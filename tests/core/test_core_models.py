@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, cast
 
 import attrs
@@ -10,22 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf import facts
-from rlhf.assemble import assemble
-from rlhf.compose import compose
-from rlhf.interfaces import Context, Engine, LogProbs, MetricSink, World
+from built import parts_of, some
+from fake_ranks import in_two_ranks
+from rlhf.interfaces import Algorithm, StepResult, World
 from rlhf.loop import Loop, Parts
-from rlhf.models import Scorer
-from rlhf.plan import Plan
-from rlhf.recipe import from_mapping
-from rlhf.registry import loaded
-from rlhf.sequences import Batch, Experience, Rollouts, ScoreRequest, Sequences, Totals, token_mean
+from rlhf.metrics import MetricSink
+from rlhf.scoring import Scorer
+from rlhf.sequences import Batch, Experience, ScoreRequest, Sequences, token_mean
 from rlhf_plugins.policies.hf import HFPolicy
-
-
-def parts_of(**recipe: Any) -> Parts:
-    content = {"max_steps": 1, "batch_size": 4, "eval_rows": 0, "mem": "fp32", **recipe}
-    return assemble(compose(from_mapping(content, "test"), loaded(), facts.machine()), lambda text: None)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +32,6 @@ def shared() -> Parts:
 @pytest.fixture(scope="module")
 def separate() -> Parts:
     return parts_of(algo="ppo")
-
-
-def some(count: int = 5) -> Sequences:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> Tensor:
-        return torch.randint(5, 300, (n,), generator=generator)
-
-    prompts = [draw(3 + 2 * i) for i in range(count)]
-    return Sequences.of(prompts, [draw(2 + (i * 3) % 5) for i in range(count)])
 
 
 def test_a_reference_behind_adapters_is_the_policys_base(dpo_lora: Parts) -> None:
@@ -129,99 +110,10 @@ def test_a_value_head_on_the_trunk_shares_its_forward_and_its_gradient(shared: P
 
 def test_a_role_is_trained_at_its_own_rate() -> None:
     parts = parts_of(algo={"name": "ppo", "value_learning_rate": 0.125}, optim={"name": "adamw", "learning_rate": 0.5})
-    optimizer = cast(Any, parts.backend)._optimizer
+    optimizer = cast(Any, parts.backend)._steps.optimizer
     owner = {id(p): name.split(".")[1] for name, p in parts.models.trained.named_parameters()}
     rates = {owner[id(p)]: group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates == {"policy": 0.5, "value": 0.125}
-
-
-@pytest.mark.parametrize("budget", [1, 17, 40, 10_000])
-def test_scores_do_not_depend_on_how_rows_are_cut(separate: Parts, budget: int) -> None:
-    sequences = some(9)
-    whole, cut = (Scorer(separate.models, b).together(sequences, "policy", "value") for b in (10_000, budget))
-    # float32 sums of other shapes differ in their last bits: ulp is 2e-6 for these log-probs of random tokens, about
-    # -25, and a few dozen of them add up; rows mixed up would differ by whole nats
-    assert torch.allclose(whole[0].logp, cut[0].logp, atol=1e-4, rtol=0)
-    assert torch.allclose(whole[1].score, cut[1].score, atol=1e-4, rtol=0)
-
-
-def rollouts_of(sequences: Sequences, logp: Tensor | None, temperature: float = 1.0) -> Rollouts:
-    b = len(sequences)
-    empty, finish = ("",) * b, cast(Any, ("stop",) * b)
-    return Rollouts(
-        sequences, logp, finish, empty, empty, empty, empty, rewards=torch.zeros(b), temperature=temperature
-    )
-
-
-@pytest.mark.parametrize(("exact", "told", "taken"), [(True, True, True), (False, True, False), (True, False, False)])
-def test_the_engines_log_probs_stand_only_where_they_are_exact(
-    separate: Parts, exact: bool, told: bool, taken: bool
-) -> None:
-    class Says(Engine):
-        logprobs = LogProbs(exact=exact)
-
-    engine = Says(None, Context(plan=cast(Plan, None)))
-    sequences = some()
-    claimed = torch.full((len(sequences.tokens),), -7.0)
-    rollouts = rollouts_of(sequences, claimed if told else None, temperature=0.5)
-    found = Scorer(separate.models, 10_000, engine).logp_old(rollouts)
-    own = Scorer(separate.models, 10_000)(rollouts, "policy").logp
-    assert torch.equal(found, claimed if taken else own)
-
-
-def test_log_probs_are_of_the_temperature_that_sampled(separate: Parts) -> None:
-    sequences = some()
-    scorer = Scorer(separate.models, 10_000)
-    at_half = scorer(rollouts_of(sequences, None, 0.5), "policy").logp
-    assert not torch.allclose(at_half, scorer(sequences, "policy").logp, atol=0.1)
-    experience = Experience(rollouts_of(sequences, None, 0.5))
-    batch = Batch(experience, Totals(1, 1, 1))
-    for of in (experience, batch, experience.select(torch.arange(5))):
-        assert torch.equal(scorer(of, "policy").logp, at_half)
-
-
-class FakeTwoRanks(World):
-    """One of two ranks, each a thread of this process."""
-
-    size = 2
-    board: list[Any]
-    meeting: threading.Barrier
-
-    def gather(self, value: Any) -> list[Any]:
-        self.board[self.rank] = value
-        self.meeting.wait()
-        found = list(self.board)
-        self.meeting.wait()
-        return found
-
-    def sum(self, x: Tensor) -> Tensor:
-        first, second = self.gather(x)
-        return cast(Tensor, first + second)
-
-
-def in_two_ranks(work: Any) -> list[Any]:
-    board: list[Any] = [None, None]
-    barrier = threading.Barrier(2, timeout=20)
-    found: list[Any] = [None, None]
-
-    def one(rank: int) -> None:
-        world = FakeTwoRanks()
-        world.rank, world.board, world.meeting = rank, board, barrier
-        try:
-            found[rank] = work(rank, world)
-        except BaseException as error:
-            barrier.abort()
-            found[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in found:
-        if isinstance(error, BaseException):
-            raise error
-    return found
 
 
 def test_a_mean_over_fake_ranks_is_the_mean_of_all_values_not_of_means() -> None:
@@ -255,6 +147,7 @@ def test_fake_ranks_divide_by_the_counts_of_the_whole_step(separate: Parts) -> N
 
     class Mean:
         unit = "sequence"
+        prepare = Algorithm.prepare
 
         def loss(self, batch: Batch, score: Any) -> Tensor:
             x = batch["x"].clone().requires_grad_()
@@ -268,15 +161,15 @@ def test_fake_ranks_divide_by_the_counts_of_the_whole_step(separate: Parts) -> N
         class Fake:
             """A backend that has nothing to step."""
 
-            device = "cpu"
+            device, sharded = "cpu", False
 
             def __init__(self) -> None:
                 self.world = world
 
-            def backward(self, loss: Tensor) -> None: ...
+            def backward(self, loss: Tensor, last: bool) -> None: ...
 
             def update(self, factor: float) -> Any:
-                return attrs.make_class("Result", ["grad_norm", "learning_rate", "skipped"])(0.0, 0.0, False)
+                return StepResult(0.0, 0.0)
 
         sequences = Sequences.of([torch.tensor([1])] * len(rows), [torch.zeros(lengths[i]).long() for i in rows])
         experience = Experience(sequences, {"x": torch.cat([values[i] for i in rows])})

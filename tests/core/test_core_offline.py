@@ -8,10 +8,12 @@ from typing import Any, cast
 import pytest
 import torch
 
+from fake_ranks import in_two_ranks
 from rlhf.data import Refusals, Rows
 from rlhf.interfaces import Algorithm, Score, State
 from rlhf.offline import OfflineData
 from rlhf.sequences import Example, Experience
+from rlhf.world import World
 
 NO_SCORE = cast(Score, None)
 
@@ -62,6 +64,23 @@ def check(experience: Experience, rows: list[int]) -> None:
     assert experience["weight"].tolist() == [x for row in rows for x in (row, row + 0.5)]
     assert experience["at"].tolist() == [10.0 * row for row in rows for _ in range(1 + 2 + row)]
     assert experience["margin"].tolist() == [row for row in rows for _ in (0, 1)]
+
+
+def test_numbers_a_token_follow_their_rows() -> None:
+    rows = [[Example(ids(9), ids(*range(n)), token_fields={"label": torch.arange(n) / 4})] for n in (2, 1, 3)]
+    data = OfflineData(Rows([(f"f:{i}", row) for i, row in enumerate(rows)], Refusals(), ("f",)), Plain())
+    assert data.experience([2, 0], NO_SCORE)["label"].tolist() == [0.0, 0.25, 0.5, 0.0, 0.25]
+    assert data.experience([], NO_SCORE)["label"].shape == (0,)  # a rank without rows has it too
+
+
+def test_other_numbers_a_token_are_other_data() -> None:
+    """A run doesn't go on with the same texts and other labels."""
+
+    def digest(label: float) -> str:
+        row = [Example(ids(1), ids(2, 3), token_fields={"label": torch.tensor([0.0, label])})]
+        return OfflineData(Rows([("f:0", row)], Refusals(), ("f",)), Plain()).digest()
+
+    assert digest(1.0) == digest(1.0) != digest(0.0)
 
 
 def test_a_row_is_a_group_and_its_shared_prompt_is_held_once() -> None:
@@ -138,3 +157,22 @@ def test_items_are_bundles_of_rows() -> None:
 def test_bundles_that_lose_or_double_a_row_are_an_error(bundles: list[list[int]]) -> None:
     with pytest.raises(ValueError, match=r"Bundled.bundles must put each of 4 rows in one bundle"):
         data_of(Bundled(bundles))
+
+
+def test_two_fake_ranks_share_what_they_compute_and_each_keeps_all() -> None:
+    def work(rank: int, world: World) -> tuple[Any, list[int], list[list[int]]]:
+        algorithm = Counted()
+        data = data_of(algorithm, 5)
+        first = data.experience([4, 1, 3, 0], NO_SCORE, world)
+        groups = [first.sequences.group.tolist()]
+        asked = list(algorithm.asked)
+        check(first, [[4, 1, 3, 0][place] for place in dict.fromkeys(groups[0])])
+        data.experience([0, 4, 3, 1], NO_SCORE, world)  # cut otherwise, and nothing of it is new
+        data.experience([2], NO_SCORE, world)  # one rank has no row of the batch
+        return data.state()["rows"], asked, [algorithm.asked[len(asked) :], groups[0]]
+
+    (rows, a, (later, one)), (same, b, (then, two)) = in_two_ranks(work)
+    assert rows == same == [0, 1, 2, 3, 4]
+    assert sorted(a + b) == [0, 1, 3, 4] and a and b  # each once, and neither did all
+    assert sorted(later + then) == [2]
+    assert sorted(one + two) == [0, 0, 1, 1, 2, 2, 3, 3]  # places in the batch of both

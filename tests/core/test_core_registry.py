@@ -130,6 +130,20 @@ def test_a_plugin_of_which_nothing_can_be_used(site: Site, installed: Registry, 
     assert unharmed(registry, installed)
 
 
+def test_a_plugin_for_another_api_version_is_told_so_before_its_hooks_are_looked_at(
+    site: Site, installed: Registry
+) -> None:
+    site.install("fake-bad", HEAD + "api_version = 2\n@hookimpl\ndef rlhf_dreams():\n    yield 1\n")
+    site.install("fake-good", "api_version = 1\n" + GOOD.format(name="fake-mem"))
+    registry = registries.load()
+    (offer,) = of(registry, "fake-bad")
+    assert offer.status == "failed"
+    assert offer.reason == "made for plugin API 2, this is 1: install a matching release of it"
+    assert offer.reason in warned(registry, "fake-bad")
+    assert of(registry, "fake-good")[0].status == "ok"
+    assert unharmed(registry, installed)
+
+
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
@@ -223,7 +237,7 @@ def test_a_heavy_import_in_an_entry_module_is_told_and_the_plugin_works(
     (site.folder / "vllm.py").write_text("")  # stands for the real one, which nothing here needs
     site.install("fake-heavy", "import vllm\n" + GOOD.format(name="fake-mem"))
     registry = registries.load()
-    monkeypatch.delitem(sys.modules, "vllm")
+    del sys.modules["vllm"]  # not by monkeypatch, which would bring it back
     assert "imports vllm in its entry module 'fake_plugin_fake_heavy'" in warned(registry, "fake-heavy")
     assert of(registry, "fake-heavy")[0].status == "ok"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, cast
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -141,14 +142,38 @@ def test_a_rollout_that_could_not_be_judged_takes_its_whole_group_along_and_is_c
     assert found.logp is not None and found.logp.tolist() == [3, 4, 5, 6, 7, 8, 9]
 
 
+def test_a_response_that_could_not_be_had_is_never_judged_and_takes_its_whole_group_along() -> None:
+    seen: list[str] = []
+
+    def judge_them(rollouts: Rollouts) -> Any:
+        seen.extend(rollouts.texts)
+        return [3.0, 4.0]
+
+    source = Source("judge", 1.0, Says(judge_them))
+    found, failures = judge(attrs.evolve(four(), failed={1: "engine: lost"}), [source], NO_SCORE)
+    assert failures == ["engine: lost"]
+    assert seen == ["t2", "t3"]  # of the other group
+    assert found.rewards.tolist() == [3.0, 4.0] and found.failed == {}
+    assert describe(found)["reward/mean"].tolist() == [3.0, 4.0]
+
+
+def test_what_could_not_be_had_and_what_could_not_be_judged_are_counted_together() -> None:
+    two = attrs.evolve(four(), failed={0: "engine: lost", 1: "engine: late"})
+    source = Source("judge", 1.0, Says([1.0, Failed("timed out")]))
+    found, failures = judge(two, [source], NO_SCORE)
+    assert len(found) == 0 and failures == ["engine: lost", "engine: late", "judge: timed out"]
+
+
 def test_a_rollout_two_rewards_failed_at_is_counted_once() -> None:
     sources = [Source(n, 1.0, Says([Failed(n), 1.0, 1.0, 1.0])) for n in "ab"]
     assert judge(four(), sources, NO_SCORE)[1] == ["a: a"]
 
 
 def test_with_no_rollout_judged_the_run_ends() -> None:
-    with pytest.raises(RunError, match="every rollout of the batch failed to be judged; the first: judge: no key"):
-        judged([Failed("no key"), 1.0, Failed("later"), 1.0])
+    sources = [Source("judge", 1.0, Says([Failed("no key"), 1.0, Failed("later"), 1.0]))]
+    sampler = Sampler(cast(Any, None), sources, Words(), NO_SCORE, seed=0, temperature=1.0)
+    with pytest.raises(RunError, match="every rollout of the batch failed; the first: judge: no key"):
+        sampler.judge(four())
 
 
 class Words(Codec):
@@ -191,6 +216,16 @@ def test_an_engine_that_returns_another_number_is_an_error() -> None:
         gather([Sample(prompt(1), count=2)], generation(3), Words(), 1.0)
 
 
+def test_responses_that_failed_keep_their_place_and_have_no_tokens() -> None:
+    sequences = Sequences.of([torch.tensor([0])] * 2, [torch.tensor([], dtype=torch.long), torch.tensor([5, 5])])
+    failing = Generation(sequences, torch.zeros(2), ("length", "stop"), failed={0: "late"})
+    found = gather([Sample(prompt(1)), Sample(prompt(2))], failing, Words(), 1.0)
+    assert found.failed == {0: "late"} and found.texts == ("", "5-5")
+    assert found.select(torch.tensor([1, 0])).failed == {1: "late"}
+    with pytest.raises(RunError, match="tokens of a response that failed"):
+        gather([Sample(prompt(1)), Sample(prompt(2))], attrs.evolve(failing, failed={1: "late"}), Words(), 1.0)
+
+
 def test_each_request_has_a_seed_of_its_own_that_depends_on_purpose_and_place() -> None:
     requests = [Sample(prompt(i)) for i in range(5)]
     seeds = [request.seed for request in seeded(requests, 0, "step-1")]
@@ -206,6 +241,8 @@ def test_each_request_has_a_seed_of_its_own_that_depends_on_purpose_and_place() 
 
 def test_the_sampler_says_at_which_temperature_it_sampled() -> None:
     class Engine:
+        config = None
+
         def generate(self, requests: list[Sample], temperature: float | None) -> Generation:
             assert all(request.seed is not None for request in requests)
             return generation(len(requests))

@@ -49,8 +49,27 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, plan: Plan) -> No
     assert "is a file" in refused(RunDirectory(tmp_path / "thesis.tex"), plan)
 
 
-def test_a_folder_of_a_run_needs_resume(tmp_path: Path, plan: Plan) -> None:
+def begin(directory: RunDirectory, plan: Plan) -> None:
+    """As a run leaves it that has saved a checkpoint."""
+    directory.open(plan)
+    (directory.checkpoints / "step-000001").mkdir(parents=True)
+    (directory.checkpoints / "step-000001" / "manifest.json").write_text("{}")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_be_begun_again(tmp_path: Path, plan: Plan) -> None:
     RunDirectory(tmp_path).open(plan)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)  # torn: it has no manifest
+    text = refused(RunDirectory(tmp_path), plan)
+    assert "holds a run that ended before its first checkpoint" in text
+    assert "add --resume to begin it again, with the same options or with others; or give another folder" in text
+    RunDirectory(tmp_path).check(plan, resume=True)
+    RunDirectory(tmp_path).check(plan_of(algo="dpo", seed=4), resume=True)
+    (tmp_path / "model").mkdir()  # done, and its checkpoints were taken away
+    assert "seed: 0 there, 4 now" in refused(RunDirectory(tmp_path), plan_of(seed=4), resume=True)
+
+
+def test_a_folder_of_a_run_needs_resume(tmp_path: Path, plan: Plan) -> None:
+    begin(RunDirectory(tmp_path), plan)
     assert "add --resume" in refused(RunDirectory(tmp_path), plan)
     RunDirectory(tmp_path).check(plan, resume=True)
 
@@ -90,16 +109,16 @@ def test_a_run_killed_before_its_plan_was_written_can_still_be_started(
 def test_resuming_with_other_options_is_refused_naming_them(
     tmp_path: Path, plan: Plan, change: dict[str, Any], says: str
 ) -> None:
-    RunDirectory(tmp_path).open(plan)
+    begin(RunDirectory(tmp_path), plan)
     text = refused(RunDirectory(tmp_path), plan_of(**change), resume=True)
-    assert says in text and "resume with the same options" in text
+    assert says in text and "A run that goes on may change --backend, --epochs, --eval-every, --keep" in text
 
 
 @pytest.mark.parametrize("change", [{"max_steps": 9}, {"save_every": 1}, {"keep": 9}, {"eval_every": 1}], ids=str)
 def test_how_long_a_resumed_run_goes_on_and_what_it_tells_may_change(
     tmp_path: Path, plan: Plan, change: dict[str, Any]
 ) -> None:
-    RunDirectory(tmp_path).open(plan)
+    begin(RunDirectory(tmp_path), plan)
     RunDirectory(tmp_path).check(plan_of(**change), resume=True)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.models import cut
+from rlhf.scoring import cut
 from rlhf.sequences import (
     Batch,
     Experience,

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf import charts, report
 from rlhf.errors import RequestError
+from rlhf.timeline import PARTS
 
 HOSTILE = """</pre><script>alert(1)</script><img src=x onerror="alert('2')">&amp; \u2028 \x00"""
 
@@ -231,6 +232,53 @@ def test_charts_stand_by_namespace(tmp_path: Path) -> None:
     assert found == [
         "reward/mean", "loss", "kl/k1", "policy/entropy", "value/loss", "time/update", "memory/peak", "zeta/x",
     ]  # fmt: skip
+
+
+# A step's timeline
+
+
+def timed(step: int, **seconds: float) -> dict[str, Any]:
+    """A line of metrics; what isn't said took no time."""
+    parts = {part: seconds.get(part, 0.0) for part in PARTS}
+    return {"step": step, **{f"time/{part}": taken for part, taken in parts.items()}, "time/step": sum(parts.values())}
+
+
+def test_a_steps_timeline_is_drawn_to_scale(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines(run / "metrics.jsonl", [timed(1, rollout=2.0, update=6.0), timed(2, rollout=4.0, update=3.0, other=1.0)])
+    html = written(run)
+    section = html[html.index("timeline</h2>") : html.index("<h2>time</h2>")]
+    cells = re.findall(r"</i>(\w+)</td><td>(.*?)</td><td>(.*?)</td>", section)
+    assert [name for name, _, _ in cells] == list(PARTS)
+    # means of 3, 4.5 and .5 s, of 8
+    assert {name: (seconds, share) for name, seconds, share in cells if seconds != "0"} == {
+        "rollout": ("3", "37.5%"), "update": ("4.5", "56.2%"), "other": ("0.5", "6.2%"),
+    }  # fmt: skip
+    assert "<td>8</td><td>100.0%</td>" in section
+    widths = re.findall(r'class="p(\d)" x="([\d.]+)" y="4" width="([\d.]+)"', section)
+    assert [(at, float(x), float(w)) for at, x, w in widths if float(w)] == [
+        ("0", 4.0, 222.0), ("3", 226.0, 333.0), ("6", 559.0, 37.0),  # of 592
+    ]  # fmt: skip
+
+
+def test_a_run_without_times_has_no_timeline(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "timeline" not in written(run)
+    lines(run / "metrics.jsonl", [timed(1), {**timed(2, update=1.0), "time/step": None}])
+    assert "timeline" not in written(run)
+
+
+def test_columns_stand_on_each_other_and_neighbours_share_one() -> None:
+    svg = charts.columns("m", [(1, (1.0, 3.0)), (2, (2.0, 0.0))], "s")
+    found = re.findall(r'class="p(\d)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', svg)
+    # 106 high for 4 s, from y = 116 up; 296 wide each
+    assert found == [
+        ("0", "4.0", "89.5", "296.0", "26.5"), ("1", "4.0", "10.0", "296.0", "79.5"),
+        ("0", "300.0", "63.0", "296.0", "53.0"), ("1", "300.0", "63.0", "296.0", "0.0"),
+    ]  # fmt: skip
+    many = charts.columns("m", [(n, (float(n % 2),)) for n in range(2 * charts.COLUMNS)], "s")
+    assert set(re.findall(r' height="([\d.]+)"/>', many)) == {"106.0"}  # each the mean of 0 and 1, all alike
+    assert many.count("<rect") == charts.COLUMNS and ">0.5 s<" in many
 
 
 # Charts

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from rlhf.errors import RowError
-from rlhf.rows import CompletionRow, LabelledRow, Message, PreferenceRow, PromptRow, row_needs
+from rlhf.rows import CompletionRow, LabelledRow, Message, PreferenceRow, PromptRow, RewardedRow, StepRow, row_needs
 
-ROW_TYPES = (PromptRow, CompletionRow, PreferenceRow, LabelledRow)
+ROW_TYPES = (PromptRow, CompletionRow, PreferenceRow, LabelledRow, RewardedRow, StepRow)
 
 
 def chat(roles: str) -> tuple[Message, ...]:
@@ -171,3 +171,58 @@ def test_a_completion_of_no_prompt() -> None:
 def test_a_margin_is_finite(margin: float) -> None:
     with pytest.raises(RowError):
         PreferenceRow.from_record({"prompt": "p", "chosen": "a", "rejected": "b", "margin": margin})
+
+
+def test_a_pair_is_a_good_and_a_bad_completion() -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2.0, "id": 7}
+    rows = [LabelledRow.from_record(record) for record in LabelledRow.split(pair) or []]
+    assert rows == [LabelledRow("p", "a", True, {"id": 7}), LabelledRow("p", "b", False, {"id": 7})]
+    for whole in ({**pair, "label": True}, {**pair, "completion": "c"}, {"prompt": "p", "chosen": "a"}):
+        assert LabelledRow.split(whole) is None
+    with pytest.raises(RowError, match="are the same"):
+        LabelledRow.split({**pair, "rejected": "a"})
+
+
+def test_steps_have_a_label_each() -> None:
+    record = {"prompt": "p", "steps": ["a", "b", "c"], "labels": [True, False, 0.25], "level": 3}
+    row = StepRow.from_record(record)
+    assert (row.steps, row.labels, row.extra) == (("a", "b", "c"), (1.0, 0.0, 0.25), {"level": 3})
+    other = {"prompt": "p", "completions": ["a"], "labels": [True]}  # as TRL's stepwise data has it
+    assert StepRow.from_record(other) == StepRow("p", ("a",), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"steps": "a"}, "'steps' must be a list, one item a step, not str"),
+        ({"labels": None}, "'labels' must be a list, one item a step, not NoneType"),
+        ({"steps": None}, "'steps' must be a list, one item a step, not NoneType"),
+        ({"steps": []}, "a text for each step, and one at least"),
+        ({"steps": ["a", ""]}, "a text for each step, and one at least"),
+        ({"labels": [True]}, "2 steps and 1 labels"),
+        ({"labels": [True, "no"]}, "true, false, or a number from 0 to 1"),
+        ({"labels": [True, 1.5]}, "true, false, or a number from 0 to 1"),
+        ({"labels": [True, float("nan")]}, "true, false, or a number from 0 to 1"),
+        ({"prompt": None}, "no 'prompt'"),
+    ],
+    ids=str,
+)
+def test_steps_that_are_refused(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(RowError, match=why):
+        StepRow.from_record({"prompt": "p", "steps": ["a", "b"], "labels": [True, False], **change})
+
+
+def test_a_completion_with_a_reward_a_label_or_a_better_one() -> None:
+    record = {"prompt": "p", "completion": "c", "reward": -2, "level": 3}
+    assert RewardedRow.from_record(record) == RewardedRow("p", "c", -2.0, {"level": 3})
+    assert RewardedRow.from_record({"prompt": "p", "completion": "c", "label": True}).reward == 1.0
+    assert RewardedRow.from_record({"messages": chat("ua"), "reward": 0.5}) == RewardedRow(chat("u"), "a1", 0.5)
+    split = RewardedRow.split({"prompt": "p", "chosen": "a", "rejected": "b"})
+    assert split is not None and [RewardedRow.from_record(r).reward for r in split] == [1.0, 0.0]
+    assert RewardedRow.split(record) is None
+
+
+@pytest.mark.parametrize("reward", [None, "1", True, float("nan"), float("inf")], ids=str)
+def test_rewards_that_are_no_number(reward: Any) -> None:
+    with pytest.raises(RowError, match="'reward' must be a finite number"):
+        RewardedRow.from_record({"prompt": "p", "completion": "c", "reward": reward})

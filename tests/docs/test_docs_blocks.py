@@ -128,6 +128,6 @@ def test_an_algorithm_of_ones_own_is_under_80_lines() -> None:
 
 def test_the_drawing_of_the_house_names_every_component(installed: Registry) -> None:
     drawn = (ROOT / "docs" / "img" / "house.svg").read_text(encoding="utf-8")
-    words = set(re.findall(r"[\w-]+", re.sub(r"<[^>]*>", " ", drawn.partition("</style>")[2])))
+    words = set(re.findall(r"[\w+-]+", re.sub(r"<[^>]*>", " ", drawn.partition("</style>")[2])))
     ours = {offer.name for offer in installed.offers if offer.distribution == "rlhf-kit"}
     assert {*ours, *KINDS, *_COMMANDS} <= words

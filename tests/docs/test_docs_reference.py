@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,13 @@ def test_every_component_and_every_option_is_in_it(installed: Registry) -> None:
             continue
         assert offer.entry is not None
         page = (REFERENCE / f"{offer.kind}.md").read_text(encoding="utf-8")
-        assert f"## `{offer.name}`" in page
+        assert f"\n## `{offer.name}`" in page
+        # several have an option of one name, each in its own part; what all of a kind have is told once
+        parts = (page.partition(f"\n## `{offer.name}`\n")[2].partition("\n## ")[0], page)
         for name, field in options.fields(offer.entry.config).items() if offer.entry.config else ():
             flag = f".{name.replace('_', '-')}` |"
-            (row,) = {line for line in page.split("\n") if flag in line and _of(offer.kind, offer.name, line)}
+            found = ({x for x in part.split("\n") if flag in x and _of(offer.kind, offer.name, x)} for part in parts)
+            (row,) = next(filter(None, found))
             assert all(f"`{choice}`" in row for choice in options.info(field).choices), row
             seen += 1
     assert seen > 80
@@ -72,3 +76,17 @@ def test_a_bound_and_a_choice_reach_the_reference() -> None:
     rows = (REFERENCE / "algo.md").read_text(encoding="utf-8")
     assert "| `--algo.clip-range` | number | `0.2` | How far the ratio may pull a token. Range: > 0, <= 1." in rows
     assert "| `--algo.loss` | text | `sigmoid` |" in rows
+
+
+def test_every_algorithm_has_a_paper_a_size_and_tests() -> None:
+    """As the page of them side by side tells; small enough to be read in one sitting."""
+    page = (REFERENCE / "algorithm-sizes.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    assert len(rows) >= 18
+    for name, paper, file, own, step, tests in rows:
+        assert "20" in paper and "trains " in step, name
+        assert tests.startswith("`test_"), f"{name} has no tests of its numbers"
+        lines = sum(int(number) for number in re.findall(r"` (\d+)", file + own))
+        assert 20 < lines < 300, (name, lines)
+    median = int(re.search(r"counted: (\d+) at the median", page).group(1))
+    assert 20 < median <= 120

@@ -10,14 +10,23 @@ import pytest
 from fences import ROOT
 
 from rlhf.cli import main
+from rlhf.plan import resource
 from rlhf.rundir import FILES
 
 RUNS = {
     "sft": ("--algo", "sft"),
     "reward": ("--algo", "reward"),
     "dpo": ("--algo", "dpo"),
+    "grpo": ("--algo", "grpo", "--algo.kl-coef", "0.1", "--algo.covariance", "kl", "--ptx-coef", "0.5", "--ptx-data",
+             str(ROOT / "plugins/rlhf_plugins/starter/data/sft_eval.jsonl")),
+    "dapo": ("--algo", "dapo"),
+    "best-of-n": ("--algo", "best-of-n", "--algo.threshold", "0"),
+    "online-dpo": ("--algo", "online-dpo"),
+    "distill": ("--algo", "distill", "--model", f"teacher={resource('rlhf_plugins.starter:model')}"),
+    "prm": ("--algo", "prm"),
+    "ilql": ("--algo", "ilql"),
     "ppo": ("--algo", "ppo", "--reward", "answer", "--reward", "length", "--track", "tensorboard"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=RUNS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import attrs
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("core", "plugins")
+PACKAGES = ("core", "plugins", "contrib/rlhf-freeze", "contrib/rlhf-ifeval", "contrib/rlhf-muon", "contrib/rlhf-opmd")
 """Folders of the repository that are copied, mutated and imported from."""
 
 

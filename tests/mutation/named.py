@@ -10,8 +10,14 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import named_algorithms
+import named_contrib
 import named_core
+import named_kit
 import named_models
+import named_preferences
+import named_rewards
+import named_samples
+import named_without_critic
 from mutants import ROOT, Mutant, TableError, replaced
 
 
@@ -26,7 +32,17 @@ class Named(NamedTuple):
     """Where not those of the whole file."""
 
 
-TABLES = (*named_algorithms.TABLES, *named_models.TABLES, *named_core.TABLES)
+TABLES = (
+    *named_algorithms.TABLES,
+    *named_preferences.TABLES,
+    *named_samples.TABLES,
+    *named_rewards.TABLES,
+    *named_without_critic.TABLES,
+    *named_models.TABLES,
+    *named_core.TABLES,
+    *named_contrib.TABLES,
+    *named_kit.TABLES,
+)
 """(file, the tests that should notice, rows)"""
 
 

@@ -1,4 +1,4 @@
-"""Named errors in the arithmetic and in the algorithms. A row: name, what it is, the text, what replaces it, tests."""
+"""Named errors in SFT, PPO and what several share. A row: name, what it is, the text, what replaces it, tests."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ ADVANTAGES = (
     ("whitening: masked tokens are whitened", "a mask dropped at the end",
      "torch.where(own, white, 0.0).to(x.dtype)", "white.to(x.dtype)"),
     ("explained variance: two kinds of variance", "biased over unbiased",
-     "1.0 - error.var(correction=0)", "1.0 - error.var(correction=1)"),
+     "else 1.0 - error.var / target.var", "else 1.0 - error.var * error.count / (error.count - 1) / target.var"),
     ("explained variance: of the values", "the fraction of something else",
      "error = target - values[own].double()", "error = values[own].double()"),
 )  # fmt: skip
@@ -135,30 +135,6 @@ SCORES = (
      "shifted = scores - stats.mean if shift_mean else scores", "shifted = scores - stats.mean"),
 )  # fmt: skip
 
-PREFERENCE = (
-    ("DPO loss: sign", "the rejected is preferred", "logits = beta * (c - r)", "logits = beta * (r - c)"),
-    ("DPO loss: beta forgotten", "beta is 1", "logits = beta * (c - r)", "logits = c - r"),
-    ("DPO loss: label smoothing on the wrong side", "the label is wrong nine times in ten",
-     "-(1.0 - label_smoothing) * F.logsigmoid(logits) - label_smoothing *",
-     "-label_smoothing * F.logsigmoid(logits) - (1.0 - label_smoothing) *"),
-    ("IPO: sums", "not a token's mean", "return (c / n_chosen - r / n_rejected -", "return (c - r -"),
-    ("IPO: lengths swapped", "each divided by the other's length",
-     "return (c / n_chosen - r / n_rejected", "return (c / n_rejected - r / n_chosen"),
-    ("IPO: target", "1 / beta", "1.0 / (2.0 * beta)", "1.0 / beta"),
-    ("IPO: square forgotten", "no minimum", "1.0 / (2.0 * beta)).square()", "1.0 / (2.0 * beta))"),
-    ("hinge: sign", "the rejected is preferred", "torch.relu(1.0 - beta * (c - r))",
-     "torch.relu(1.0 + beta * (c - r))"),
-    ("hinge: no margin", "enough where the order is right", "torch.relu(1.0 - beta *", "torch.relu(-beta *"),
-    ("reward loss: sign", "the rejected scores higher",
-     "difference = r_chosen - r_rejected", "difference = r_rejected - r_chosen"),
-    ("reward loss: the margin helps", "added, not taken off", "difference = difference - margin",
-     "difference = difference + margin"),
-    ("reward loss: the difference is centred", "equal scores cost nothing, however large",
-     "(r_chosen + r_rejected).square()", "(r_chosen - r_rejected).square()"),
-    ("reward loss: log of a rounded sigmoid", "infinite where the model is very wrong",
-     "-F.logsigmoid(difference)", "-torch.log(torch.sigmoid(difference))"),
-)  # fmt: skip
-
 PACKING = (
     ("packing: shortest first", "best fit increasing wastes rows",
      "key=lambda i: -lengths[i]", "key=lambda i: lengths[i]"),
@@ -187,7 +163,7 @@ PPO = (
     ("PPO: old values are the returns", "values are clipped around their target",
      '"values_old": values,', '"values_old": estimate.returns,'),
     ("PPO: the micro-batch's mean", "how a batch is cut changes the loss",
-     "policy_loss = token_mean(actor.losses, batch)", "policy_loss = actor.losses.mean()", (f"{CUT}[ppo]",)),
+     "policy_loss = policy_mean(actor.losses, batch)", "policy_loss = actor.losses.mean()", (f"{CUT}[ppo]",)),
     ("PPO: the critic's micro-batch's mean", "how a batch is cut changes the critic's loss",
      "value_loss = token_mean(critic.losses, batch)", "value_loss = critic.losses.mean()", (f"{CUT}[ppo]",)),
     ("PPO: each rank whitens for itself", "ranks learn other things",
@@ -219,56 +195,22 @@ PPO = (
      "scores = clip_scores(eos_penalty(scores, rollouts.ended, mode, value), config.reward_clip)"),
 )  # fmt: skip
 
-DPO = (
-    ("DPO: the reference is the policy", "every log-ratio is 0",
-     'score(rollouts, "reference").logp', 'score(rollouts, "policy").logp'),
-    ("DPO: means instead of sums", "length normalised",
-     'logp = sequence_sum(score(batch, "policy").logp, batch)',
-     'logp = sequence_sum(score(batch, "policy").logp, batch) / batch.lengths'),
-    ("DPO: chosen and rejected swapped in the data", "the rejected comes first",
-     "for text in (row.chosen, row.rejected):", "for text in (row.rejected, row.chosen):"),
-    ("DPO: chosen and rejected swapped in the loss", "the rejected is preferred", "c, r = (logp -", "r, c = (logp -"),
-    ("DPO: pairs of other rows", "the batch's first half against its second",
-     'c, r = (logp - batch["logp_ref"]).view(-1, 2).unbind(1)',
-     'c, r = (logp - batch["logp_ref"]).view(2, -1).unbind(0)'),
-    ("DPO: the reference is forgotten", "likelihoods, not ratios",
-     'c, r = (logp - batch["logp_ref"])', 'c, r = (logp - 0 * batch["logp_ref"])'),
-    ("DPO: the micro-batch's mean", "how a batch is cut changes the loss",
-     "return group_mean(losses, batch)", "return losses.mean()", (f"{CUT}[dpo]",)),
-    ("DPO: pairs can be cut in two", "the unit is a sequence", 'unit = "group"', 'unit = "sequence"'),
-    ("DPO: EOS lost", "completions never end",
-     "codec.response(text, row.prompt)", "codec.response(text, row.prompt, end=False)"),
-    ("DPO: the margin without beta", "implicit rewards are beta times the ratio",
-     'batch.log("reward/margin", group_mean(config.beta * (c - r), batch))',
-     'batch.log("reward/margin", group_mean(c - r, batch))'),
-)  # fmt: skip
-
-REWARD = (
-    ("reward: chosen and rejected swapped", "the rejected scores higher", "chosen, rejected = score",
-     "rejected, chosen = score"),
-    ("reward: chosen and rejected swapped in the data", "the rejected comes first",
-     "for text in (row.chosen, row.rejected):", "for text in (row.rejected, row.chosen):"),
-    ("reward: the margin is forgotten", "use_margin does nothing", "rejected, margin, self", "rejected, None, self"),
-    ("reward: the micro-batch's mean", "how a batch is cut changes the loss",
-     "return group_mean(losses, batch)", "return losses.mean()", (f"{CUT}[reward]",)),
-    ("reward: EOS lost", "scores are read at another token than in PPO",
-     "codec.response(text, row.prompt)", "codec.response(text, row.prompt, end=False)"),
-    ("reward: pairs can be cut in two", "the unit is a sequence", 'unit = "group"', 'unit = "sequence"'),
-)  # fmt: skip
-
 SFT = (
     ("SFT: sign", "likelihood falls", "token_mean(-logp, batch)", "token_mean(logp, batch)"),
-    ("SFT: mask dropped", "a user's turns are learnt", "yield Example(prompt, response, mask)",
-     "yield Example(prompt, response)"),
-    ("SFT: mask shifted by one", "the token before the assistant's is learnt", "spoken[start:]",
-     "spoken[start - 1 : -1]"),
-    ("SFT: EOS lost", "completions never end",
-     "codec.response(row.completion, row.prompt), None", "codec.response(row.completion, row.prompt, end=False), None"),
     ("SFT: prompts are learnt", "loss_on upside down", 'self.config.loss_on == "all"', 'self.config.loss_on != "all"'),
     ("SFT: the micro-batch's mean", "how a batch is cut changes the loss",
      "token_mean(-logp, batch)", "-logp.mean()", (f"{CUT}[sft]", f"{TA}/test_algorithms_sft.py")),
     ("SFT: packed rows are numbered among the short ones", "other rows than meant",
      "[[short[i] for i in item] for item in packed]", "[list(item) for item in packed]"),
+)  # fmt: skip
+
+COMPLETIONS = (
+    ("SFT: mask dropped", "a user's turns are learnt", "Example(tokens[:start], tokens[start:], spoken[start:])",
+     "Example(tokens[:start], tokens[start:])"),
+    ("SFT: mask shifted by one", "the token before the assistant's is learnt", "spoken[start:])",
+     "spoken[start - 1 : -1])"),
+    ("SFT: EOS lost", "completions never end",
+     "codec.response(row.completion, row.prompt))", "codec.response(row.completion, row.prompt, end=False))"),
 )  # fmt: skip
 
 TABLES = (
@@ -277,10 +219,9 @@ TABLES = (
     (f"{F}/kl.py", (f"{TF}/test_functional_kl.py",), KL),
     (f"{F}/ragged.py", (f"{TF}/test_functional_ragged.py",), RAGGED),
     (f"{F}/scores.py", (f"{TF}/test_functional_scores.py",), SCORES),
-    (f"{F}/preference.py", (f"{TF}/test_functional_preference.py",), PREFERENCE),
     (f"{F}/packing.py", (f"{TF}/test_functional_packing.py",), PACKING),
     (f"{A}/ppo.py", (f"{TA}/test_algorithms_ppo.py",), PPO),
-    (f"{A}/dpo.py", (f"{TA}/test_algorithms_dpo.py",), DPO),
-    (f"{A}/reward.py", (f"{TA}/test_algorithms_reward.py",), REWARD),
     (f"{A}/sft.py", (f"{TA}/test_algorithms_sft.py",), SFT),
+    ("core/rlhf/mixture.py", (f"{TA}/test_algorithms_sft.py",), COMPLETIONS),
 )
+"""(file, the tests that should notice, rows)"""

@@ -7,6 +7,7 @@ T = "tests/plugins"
 SCORES = f"{T}/policies/test_policies_scores.py"
 PLAIN = f"{SCORES}::test_logp_entropy_and_their_gradients_are_those_of_a_plain_forward"
 SHARED = f"{SCORES}::test_several_responses_stand_behind_one_prompt_where_the_model_allows_it"
+SHARED_BASE = f"{T}/memory/test_memory_shared_base.py"
 ENGINE = f"{T}/engines/test_engines_hf.py"
 
 HEADS = (
@@ -27,8 +28,6 @@ HEADS = (
      "grad.scatter_add_(-1, targets[:, None], of_logp[:, None])", "pass"),
     ("head: the gradient's sign", "likelihood falls", "grad = log_p.exp_().mul_(-of_logp",
      "grad = log_p.exp_().mul_(of_logp"),
-    ("head: the last chunk is dropped", "as many whole chunks as there are",
-     "for i in range(0, len(targets), chunk):", "for i in range(0, len(targets) - len(targets) % chunk, chunk):"),
     ("reward head: 1/(d + 1)", "the paper's missing root",
      "1.0 / math.sqrt(parameter.shape[1] + 1)", "1.0 / (parameter.shape[1] + 1)"),
     ("reward head: its bias is drawn", "scores are off by a constant",
@@ -53,12 +52,12 @@ LAYOUT = (
     ("layout: states at the token, not before it", "each token is predicted from itself",
      "before.append(flat[:-1])", "before.append(flat[1:])"),
     ("layout: the first token read behind another response", "its state is the neighbour's last",
-     "flat[0] = r * width + len(prompt) - 1", "pass"),
+     "flat[0] = r * width + end - 1", "pass"),
     ("layout: the score read one token early", "before EOS", "last.append(flat[-1:])", "last.append(flat[-2:-1])"),
     ("layout: the row is forgotten", "states of the first row for all",
      "flat = r * width + torch.arange(at - 1, at + size)", "flat = torch.arange(at - 1, at + size)"),
     ("layout: starts off", "tokens put where the previous response's are",
-     "starts[i] = starts[i - 1] + lengths[i - 1]", "starts[i] = starts[i - 1] + lengths[i]"),
+     "starts = [0, *sequences.lengths.cumsum(0).tolist()]", "starts = sequences.lengths.cumsum(0).tolist()"),
 )  # fmt: skip
 
 TRUNK = (
@@ -66,8 +65,8 @@ TRUNK = (
     ("trunk: positions aren't handed over", "the model counts by itself",
      '"position_ids": grid.positions.to(self.device)', '"position_ids": None', (SHARED,)),
     ("trunk: the mask isn't handed over", "completions see each other",
-     "None if grid.mask is None else grid.mask.to(self.device)", "None", (SHARED,)),
-    ("trunk: windowed models share rows", "a window counts the responses between", "            or windowed\n", "",
+     "None if mask is None else mask.to(self.device)", "None", (SHARED,)),
+    ("trunk: windowed models share rows", "a window counts the responses between", " or windowed:", ":",
      (SCORES,)),
     ("trunk: rows out of order", "sorted by length and left so",
      "return torch.cat(list(parts))[order.to(parts[0].device)]", "return torch.cat(list(parts))", (PLAIN,)),
@@ -77,6 +76,16 @@ TRUNK = (
      "own_forward = lm and not trunk.head_agrees()", "own_forward = False", (SCORES,)),
 )  # fmt: skip
 
+CHUNKS = (
+    ("head: the last chunk is dropped", "as many whole chunks as there are",
+     "for i in range(0, len(states), chunk):", "for i in range(0, len(states) - len(states) % chunk, chunk):"),
+    ("head: targets of the first chunk", "other tokens", "[x[i : i + chunk] for x in (states, *beside)]",
+     "[states[i : i + chunk], *(x[: len(states[i : i + chunk])] for x in beside)]"),
+    ("head: all at once", "logits of every token are held", "for i in range(0, len(states), chunk):",
+     "chunk = max(len(states), 1)\n    for i in range(0, len(states), chunk):"),
+    ("head: kept for the backward", "logits of every chunk are held", "if torch.is_grad_enabled():", "if False:"),
+)  # fmt: skip
+
 POLICY = (
     ("policy: temperature isn't handed to the head", "ratios of another distribution",
      "temperature=request.temperature,", "temperature=1.0,", (PLAIN,)),
@@ -84,7 +93,8 @@ POLICY = (
     ("policy: scalars of the last layer's wrong part", "the value reads its own token",
      "values, score = read.split([len(states), len(last)])",
      "score, values = read.split([len(last), len(states)])"),
-    ("policy: autocast forgotten", "fp32 products where bf16 was asked for", "with trunk.autocast():", "if True:"),
+    ("policy: autocast forgotten", "fp32 products where bf16 was asked for",
+     "with trunk.autocast():\n            wants_last", "if True:\n            wants_last"),
 )  # fmt: skip
 
 CODEC = (
@@ -122,8 +132,30 @@ ATTENTION = (
      "torch.bmm(weights.transpose(1, 2), grad)", "torch.bmm(weights[:, :width].contiguous(), grad[:, :width])"),
     ("attention: softmax's gradient forgotten", "of weights for of scores",
      "torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)", "of_weights"),
-    ("attention: no limit on what is held", "a long row takes all memory", " and n * heads * count * width <= _MOST",
+    ("attention: no limit on what is held", "a long row takes all memory", " and n * heads * count * width <= MOST",
      ""),
+)  # fmt: skip
+
+RAGGED = (
+    ("flat: a query doesn't see itself", "off by one",
+     "torch.arange(k) - free > torch", "torch.arange(k) - free >= torch"),
+    ("flat: the next token is seen", "off by one",
+     "torch.arange(k) - free > torch", "torch.arange(k) - free - 1 > torch"),
+    ("flat: a response doesn't see its prompt", "only the first one does", "_pieces(response, (prompt,), costs)",
+     "_pieces(response, (), costs)"),
+    ("flat: a piece forgets what is before it", "a long text begins anew",
+     "(*before, (start, a)) if a > start else before", "before"),
+    ("flat: keys' gradients overwritten", "of the last stretch alone",
+     "total[start:end] += part", "total[start:end] = part"),
+    ("flat: gradients of what fills up", "places at the row's begin are pulled",
+     "i, :, :, stretch.queries :\n                ] = 0",
+     "i, :, :, stretch.queries :\n                ] += 0"),
+    ("flat: the scale forgotten in the query's gradient", "too large", "of_q.mul_(ctx.scale)", "pass"),
+    ("flat: keys' gradient of unscaled queries", "too large", "_gather(q, block.query, shared).mul_(ctx.scale)",
+     "_gather(q, block.query, shared)"),
+    ("flat: softmax's gradient forgotten", "of weights for of scores",
+     "torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)", "of_weights"),
+    ("flat: no limit on what is held", "a long row takes all memory", "-(-length * keys // costs.most)", "1"),
 )  # fmt: skip
 
 SAMPLING = (
@@ -184,7 +216,7 @@ HF_ENGINE = (
      "elif len(x.tokens) == x.limit - 1:"),
 )  # fmt: skip
 
-ADAMW = (
+SCHEDULE = (
     ("schedule: the first step of warm-up is 0", "off by one, and lost", "return (step + 1) / rising",
      "return step / rising"),
     ("schedule: warm-up ends late", "off by one", "if step < rising:", "if step <= rising:"),
@@ -192,6 +224,9 @@ ADAMW = (
     ("schedule: warm-up counted as fall", "the peak is never reached",
      "done = (step - rising) / max(steps - rising, 1)", "done = step / steps"),
     ("schedule: floor forgotten", "falls to 0", "return min_ratio + (1 - min_ratio) * fall", "return fall"),
+)  # fmt: skip
+
+ADAMW = (
     ("AdamW: biases decay", "and norms", "config.weight_decay if trained.parameter.ndim > 1 else 0.0",
      "config.weight_decay"),
     ("AdamW: betas swapped", "moments of the wrong length", "(config.beta1, config.beta2)",
@@ -202,23 +237,58 @@ ADAMW = (
     ("AdamW: L2 in the gradient", "not decoupled", "return torch.optim.AdamW(", "return torch.optim.Adam("),
 )  # fmt: skip
 
-SINGLE = (
-    ("step: gradients aren't cleared", "each step has all before it", "self._optimizer.zero_grad(set_to_none=True)",
+STEPS = (
+    ("step: gradients aren't cleared", "each step has all before it", "self.optimizer.zero_grad(set_to_none=True)",
      "pass"),
     ("step: gradients aren't clipped", "max_norm is ignored",
      'self._max_norm if self._max_norm is not None else float("inf")', 'float("inf")'),
     ("step: the norm of one role", "the critic's gradient isn't counted",
-     "parameters = list(self._parameters.values())", "parameters = list(self._parameters.values())[:1]"),
+     "parameters = list(self.parameters.values())", "parameters = list(self.parameters.values())[:1]"),
     ("step: the rate compounds", "factor upon factor", 'group["base_lr"] * factor', 'group["lr"] * factor'),
     ("step: the factor is forgotten", "no schedule", 'group["base_lr"] * factor', 'group["base_lr"]'),
     ("step: NaN is applied", "the model is lost", "if not skipped:", "if True:"),
-    ("gradient accumulation: not summed", "only the last micro-batch counts",
-     "loss.backward()", "self._optimizer.zero_grad(); loss.backward()"),
     ("resume: moments aren't restored", "the optimiser starts anew",
      'state["optimizer"].get(names[parameter])', '{}.get(names[parameter])'),
-    ("resume: moments shared with later steps", "old moments of after the checkpoint", "self._optimizer.state.clear()",
+    ("resume: moments shared with later steps", "old moments of after the checkpoint", "self.optimizer.state.clear()",
      "pass"),
-    ("resume: weights aren't restored", "the first weights", 'parameter.copy_(state["parameters"][name])', "pass"),
+    ("resume: weights aren't restored", "the first weights",
+     'parameter.copy_(_whole(state["parameters"][name]))', "pass"),
+    ("loss scale: clipped before it is taken out", "max_norm of something else",
+     "self._scaler.unscale(parameters)", "pass"),
+    ("loss scale: stays where it began", "each step overflows", "self._scaler.update(skipped)", "pass"),
+    ("loss scale: isn't restored", "the first one", 'self._scaler.load_state(state["scaler"])', "pass"),
+)  # fmt: skip
+
+SINGLE = (
+    ("gradient accumulation: not summed", "only the last micro-batch counts",
+     "self._steps.backward(loss)", "self._steps.optimizer.zero_grad(); self._steps.backward(loss)"),
+)  # fmt: skip
+
+SHARDING = (
+    ("sharding: padding is saved", "a checkpoint that another number of ranks can't read",
+     "min(flat.numel(), math.prod(shape) - start)", "flat.numel()"),
+    ("sharding: a part is read from the start", "every rank goes on with the first one's weights",
+     "saved.read(start, start + size)", "saved.read(0, size)"),
+    ("sharding: a part of a whole from the start", "the same, of what one process saved",
+     "saved.reshape(-1)[start : start + size]", "saved.reshape(-1)[:size]"),
+    ("sharding: hooks stay away", "after the first rollouts nothing is gathered",
+     "part._forward_pre_hooks, part._forward_hooks = before, after", "pass"),
+    ("sharding: blocks by class", "those that recompute are left out",
+     "type(part).__name__ in names", "type(part).__qualname__ in names and len(type(part).__mro__) == 3"),
+)  # fmt: skip
+
+DDP_TABLE = (
+    ("ddp: a gradient that nobody has is 0", "the optimiser decays what a loss left out",
+     "            if not has:\n                parameter.grad = None", "            pass"),
+    ("ddp: gradients of this rank", "never added up",
+     "torch.distributed.all_reduce(bucket.flat, async_op=True)",
+     "torch.distributed.all_reduce(bucket.flat.clone(), async_op=True)"),
+    ("ddp: buckets start as their gradients come", "ranks add up different parameters",
+     "while self._next < len(self._buckets) and not self._buckets[self._next].missing:\n"
+     "            self._start(self._buckets[self._next])",
+     "if not self._of[id(parameter)].missing:\n            self._start(self._of[id(parameter)])"),
+    ("ddp: added up at every micro-batch", "the first parts are counted again", "if not self.begun:", "if False:"),
+    ("ddp: a bucket of several dtypes", "cut to the first one's", "or kind != before", "or before is None"),
 )  # fmt: skip
 
 LORA = (
@@ -226,11 +296,45 @@ LORA = (
     ("LoRA: rsLoRA ignored", "alpha / rank for alpha / sqrt(rank)", "use_rslora=self.config.rslora",
      "use_rslora=False"),
     ("LoRA: the reference keeps its adapters", "reference and policy are one",
-     "= module.disable_adapter()", "= contextlib.nullcontext()"),
+     "return active(module, ())", "return contextlib.nullcontext()"),
     ("LoRA: dropout never acts", "modules are in evaluation mode", "training=torch.is_grad_enabled()",
      "training=self.training"),
     ("LoRA: dropout acts in scores", "old log-probs are random", "training=torch.is_grad_enabled()", "training=True"),
-    ("LoRA: adapters not from the seed", "every run starts elsewhere", "torch.manual_seed(spec.seed)", "torch.seed()"),
+    ("LoRA: adapters not from the seed", "every run starts elsewhere", "torch.manual_seed(seed)", "torch.seed()"),
+    ("shared base: everyone is the policy", "its adapters for each role", "(role if role in names[1:] else names[0],)",
+     "(names[0],)", (SHARED_BASE,)),
+)  # fmt: skip
+
+ADAPTERS = (
+    ("adapters: off leaves them on", "the reference is the policy", "(part, not names, list(names)",
+     "(part, False, list(names)"),
+    ("adapters: computed again under another role's", "a gradient of what was never computed", "_choose(choice)",
+     "pass"),
+)  # fmt: skip
+
+EMA = (
+    ("ema: keeps what it should take", "decay the wrong way round", "1 - self.config.decay", "self.config.decay"),
+    ("ema: starts at zero", "an average of nothing", "p.detach().to(torch.float32, copy=True)",
+     "torch.zeros(p.shape)"),
+    ("ema: stays in place", "the optimiser goes on from the average", "parameter.data = weights[name]", "pass"),
+    ("ema: isn't restored", "it starts anew", 'average.copy_(state["average"][name])', "pass"),
+    ("ema: saved where evaluation is asked for", "options mixed up", '"save": self.config.save', '"save": True'),
+)  # fmt: skip
+
+OFFLOAD = (
+    ("offload: nothing leaves", "weights are there twice", "weight.data = weight.data.new_empty(0)", "pass"),
+    ("offload: a visit within a visit ends it", "weights gone before the score ends",
+     "if not self._visits:\n                _let_go(weights)", "_let_go(weights)"),
+    ("offload: the file keeps its name", "a killed run leaves it behind",
+     "self._path.unlink()\n            self._path = opened", "pass"),
+)  # fmt: skip
+
+SCALING = (
+    ("loss scale: not taken out", "gradients 65536 times too large", "1.0 / self.scale)", "1.0)"),
+    ("loss scale: grows with each overflow", "no step is ever taken", "self.scale / 2.0, 0", "self.scale * 2.0, 0"),
+    ("loss scale: overflows don't interrupt the count", "doubled too soon", "self.scale / 2.0, 0",
+     "self.scale / 2.0, self.clean"),
+    ("loss scale: nothing ends it", "a run that never steps", "if self.scale <= 1.0:", "if False:"),
 )  # fmt: skip
 
 PRECISION = (
@@ -254,17 +358,27 @@ REWARD_MODEL = (
 
 TABLES = (
     (f"{P}/policies/heads.py", (f"{T}/policies/test_policies_heads.py",), HEADS),
+    (f"{P}/policies/chunks.py", (f"{T}/policies/test_policies_heads.py",), CHUNKS),
     (f"{P}/policies/layout.py", (f"{T}/policies/test_policies_layout.py",), LAYOUT),
     (f"{P}/policies/trunk.py", (SCORES,), TRUNK),
+    (f"{P}/policies/ragged.py", (f"{T}/policies/test_policies_ragged.py",), RAGGED),
     (f"{P}/policies/attention.py", (f"{T}/policies/test_policies_attention.py",), ATTENTION),
     (f"{P}/policies/hf.py", (SCORES,), POLICY),
     (f"{P}/policies/codec.py", (f"{T}/policies/test_policies_codec.py",), CODEC),
     (f"{P}/engines/sampling.py", (f"{T}/engines/test_engines_sampling.py",), SAMPLING),
     (f"{P}/engines/slots.py", (f"{T}/engines/test_engines_slots.py", ENGINE), SLOTS),
     (f"{P}/engines/hf.py", (ENGINE,), HF_ENGINE),
+    ("core/rlhf/schedules.py", (f"{T}/test_optimizers.py",), SCHEDULE),
     (f"{P}/optimizers/adamw.py", (f"{T}/test_optimizers.py",), ADAMW),
+    (f"{P}/backends/steps.py", (f"{T}/test_backends.py", "tests/core/test_core_scaling.py"), STEPS),
     (f"{P}/backends/single.py", (f"{T}/test_backends.py",), SINGLE),
+    (f"{P}/backends/sharding.py", (f"{T}/test_backends_sharding.py",), SHARDING),
+    (f"{P}/backends/ddp.py", (f"{T}/test_backends_ddp.py",), DDP_TABLE),
     (f"{P}/memory/lora.py", (f"{T}/memory/test_memory_lora.py",), LORA),
+    (f"{P}/memory/adapters.py", (SHARED_BASE,), ADAPTERS),
+    (f"{P}/memory/ema.py", (f"{T}/memory/test_memory_ema.py",), EMA),
+    (f"{P}/memory/offload.py", (f"{T}/memory/test_memory_offload.py",), OFFLOAD),
+    ("core/rlhf/scaling.py", ("tests/core/test_core_scaling.py",), SCALING),
     (f"{P}/memory/precision.py", (f"{T}/memory/test_memory_precision.py",), PRECISION),
     (f"{P}/memory/checkpointing.py", (f"{T}/memory/test_memory_checkpointing.py",), CHECKPOINTING),
     (f"{P}/rewards/model.py", (f"{T}/rewards/test_rewards_model.py",), REWARD_MODEL),

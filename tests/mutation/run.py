@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="PATTERN", help="those whose name, file or text holds this, or match it")
     parser.add_argument("--named", action="store_true", help="the errors of the table only")
     parser.add_argument("--systematic", action="store_true", help="the errors made by rule only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of them, the first among them")
     parser.add_argument("--list", action="store_true", help="print what would be planted, and stop")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="at once; default: the cores")
     arguments = parser.parse_args()
@@ -80,10 +81,12 @@ def main() -> int:
     except TableError as error:
         print(f"the table of errors doesn't fit the source:\n{error}", file=sys.stderr)
         return 2
-    if not mutants or arguments.workers < 1:
-        what = f"--only {arguments.only!r} matches none; see --list" if not mutants else "--workers must be 1 or more"
+    if not mutants or min(arguments.workers, arguments.every) < 1:
+        what = "--workers and --every must be 1 or more"
+        what = what if mutants else f"--only {arguments.only!r} matches none; see --list"
         print(what, file=sys.stderr)
         return 2
+    mutants = mutants[:: arguments.every]
     width = min(max(len(m.name) for m in mutants), 76)
     if arguments.list:
         for mutant in mutants:

@@ -30,6 +30,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     f"{P}/engines/sampling.py": (f"{T}/engines/test_engines_sampling.py",),
     f"{P}/engines/slots.py": (f"{T}/engines/test_engines_slots.py",),
     f"{P}/optimizers/adamw.py": (f"{T}/test_optimizers.py",),
+    "core/rlhf/schedules.py": (f"{T}/test_optimizers.py",),
     "core/rlhf/floor.py": ("tests/core/test_core_floor.py",),
     "core/rlhf/sequences.py": ("tests/core/test_core_sequences.py",),
 }

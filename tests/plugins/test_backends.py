@@ -118,6 +118,8 @@ def test_weights_are_a_modules_own_by_its_own_names() -> None:
     backend, _ = prepared(SGD(None))
     assert {name: tensor.tolist() for name, tensor in backend.weights("value")} == {"weight": [[2.0]]}
     assert [name for name, _ in backend.weights("nobody")] == []
+    assert [name for name, _ in backend.weights("value", lambda name: name != "weight")] == []
+    assert [name for name, _ in backend.weights("value", lambda name: name == "weight")] == ["weight"]
 
 
 def adamw(fused: bool = True) -> OptimizerStrategy:

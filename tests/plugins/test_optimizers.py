@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf.compose import compose
+from rlhf.errors import RequestError
+from rlhf.facts import Gpu, Machine
 from rlhf.interfaces import Context, TrainedParameter
 from rlhf.plan import Plan
+from rlhf.schedules import schedule
 from rlhf_plugins.optimizers import AdamW8bitConfig, AdamWConfig
-from rlhf_plugins.optimizers.adamw import AdamW, schedule
+from rlhf_plugins.optimizers.adamw import AdamW
 from rlhf_plugins.optimizers.adamw8bit import AdamW8bit
+from rlhf_plugins.optimizers.adamw_host import AdamWHost
 
 
 def adamw(**options: Any) -> AdamW:
@@ -144,3 +149,50 @@ def test_a_large_one_takes_nearly_the_same_with_moments_of_8_bits() -> None:
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
     own = [state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2")]
     assert own == [16384, 16384, 4 * 64, 4 * 64]  # 2.03 bytes a weight; AdamW has 8
+
+
+# Moments in the host's memory
+
+
+def test_on_a_cpu_the_host_step_is_adamw_to_the_bit() -> None:
+    config = {"learning_rate": 0.01, "weight_decay": 0.1}
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(5, 3, generator=draw), torch.randn(4, generator=draw)]
+    context = Context(plan=cast(Plan, None))
+    found = []
+    for strategy in (AdamW(AdamWConfig(**config), context), AdamWHost(AdamWConfig(**config), context)):
+        parameters = [parameter(f"p{i}", value.tolist()) for i, value in enumerate(start)]
+        optimizer = strategy.build(parameters)
+        gradients = torch.Generator().manual_seed(1)
+        for step in range(4):
+            for trained in parameters:
+                shape = trained.parameter.shape
+                trained.parameter.grad = torch.randn(shape, generator=gradients) if step or len(shape) > 1 else None
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * (step + 1)
+            optimizer.step()
+        states = [dict(optimizer.state[trained.parameter]) for trained in parameters]
+        found.append(
+            [*(trained.parameter.detach() for trained in parameters), *(v for s in states for v in s.values())]
+        )
+    assert len(found[0]) == 2 + 2 * 3
+    named = [sorted(map(str, (tuple(t.shape) for t in side))) for side in found]
+    assert named[0] == named[1]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
+
+
+def test_the_host_step_takes_weights_that_are_elsewhere_or_in_other_precision() -> None:
+    """In bfloat16 the weights are a copy on the way, which comes back rounded."""
+    weight = TrainedParameter("w", nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16)), "policy", None)
+    optimizer = AdamWHost(AdamWConfig(learning_rate=0.5), Context(plan=cast(Plan, None))).build([weight])
+    weight.parameter.grad = torch.ones(2, 2, dtype=torch.bfloat16)
+    optimizer.step()
+    assert weight.parameter.tolist() == [[0.5, 0.5], [0.5, 0.5]]  # Adam's first step is the rate
+    assert {t.dtype for t in optimizer.state[weight.parameter].values()} == {torch.float32}
+
+
+def test_the_host_is_elsewhere(typed: Any, installed: Any, machine: Any) -> None:
+    with pytest.raises(RequestError, match="--optim adamw-host: this machine has no GPU"):
+        compose(typed("--algo", "sft", "--optim", "adamw-host"), installed, machine)
+    gpu = Machine(2, frozenset(), 1 << 34, (Gpu("fake", 16 << 30, (8, 0)),), 1)
+    assert compose(typed("--algo", "sft", "--optim", "adamw-host"), installed, gpu).optim.name == "adamw-host"

@@ -10,17 +10,24 @@ from typing import Any
 
 import click
 
-from rlhf import __version__
+from rlhf import __version__, signals
 from rlhf.allocator import restart_with_tunables
-from rlhf.errors import Interrupted, RequestError, RunError
+from rlhf.errors import Interrupted, Problem, RequestError, RunError
+from rlhf.options import nearest
+from rlhf.place import here
 
 _COMMANDS = {
     "run": ("rlhf.cli.run:run", "Train: compose a run and carry it out."),
-    "plan": ("rlhf.cli.run:plan", "Show the plan of a run, or why there is none. Loads no weights."),
+    "plan": (
+        "rlhf.cli.plan:plan",
+        "Show a run's plan, its memory and its time, or why there is none. Loads no weights.",
+    ),
+    "matrix": ("rlhf.cli.matrix:matrix", "Tell which combinations are legal, and why the rest are not."),
     "plugins": ("rlhf.cli.plugins:plugins", "List what is installed."),
     "pipeline": ("rlhf.cli.pipeline:pipeline", "Run stages that feed each other, such as SFT, reward model, PPO."),
     "eval": ("rlhf.cli.evaluate:evaluate", "Score a finished run's model on held-out data."),
     "export": ("rlhf.cli.export:export", "Write a trained model as a plain folder: adapters merged, weights unpacked."),
+    "new": ("rlhf.cli.new:new", "Write a plugin's package to begin with: it installs, passes its tests and runs."),
     "report": ("rlhf.cli.report:report", "Write a run's report: one self-contained HTML page."),
 }
 
@@ -33,7 +40,9 @@ class _Lazy(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            return None
+            near = nearest(cmd_name, _COMMANDS)
+            fix = f"did you mean rlhf {near}?" if near else f"commands: {', '.join(_COMMANDS)}"
+            raise RequestError(Problem(f"there is no command {cmd_name!r}", fix))
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
@@ -57,19 +66,32 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; exits with 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
-    if arguments is None:
-        restart_with_tunables(sys.argv[1:])
+    with signals.raised() as asked:
+        if arguments is None:
+            restart_with_tunables(sys.argv[1:])
+        _main(list(sys.argv[1:] if arguments is None else arguments), asked)
+
+
+def _main(arguments: list[str], asked: signals.Asked) -> None:
     try:
         # Not cli.main: it would turn a broken pipe into exit code 1.
-        with cli.make_context("rlhf", list(sys.argv[1:] if arguments is None else arguments)) as context:
+        with cli.make_context("rlhf", arguments) as context:
             code = cli.invoke(context)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
+    except click.UsageError as error:
+        from rlhf.cli.usage import problem_of
+
+        fail(str(problem_of(error, arguments)))
+        sys.exit(2)
     except click.ClickException as error:
-        error.show()
+        if not _echo():
+            fail(error.format_message())
         sys.exit(2)
     except RequestError as error:
+        if _echo() and not str(error).startswith("rank "):
+            sys.exit(2)
         for problem in error.problems:
             fail(str(problem))
         if error.suggestion:
@@ -79,14 +101,29 @@ def main(arguments: list[str] | None = None) -> Any:
         fail(str(error))
         sys.exit(1)
     except Interrupted as error:
-        say(str(error))
+        if not _echo():
+            say(str(error))
         sys.exit(130)
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted")
+        if not _echo():
+            say("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception:
+        if asked.number is None:
+            raise
+        say("interrupted")  # in the middle of a library that made an error of its own of it
+        sys.exit(130)
+
+
+def _echo() -> bool:
+    """This process is another rank than 0, which says the same: under torchrun all of them are given one request."""
+    try:
+        return here().rank > 0
+    except RequestError:
+        return False
 
 
 def say(text: str) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlhf.cli import say
-from rlhf.cli.run import planned, settle
+from rlhf.cli.plan import planned
+from rlhf.cli.run import settle
 from rlhf.errors import Problem, RequestError
 from rlhf.recipe import from_mapping
 
@@ -29,6 +30,7 @@ def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint:
     settle()
     from rlhf.assemble import assemble
     from rlhf.heldout import evaluate as measure
+    from rlhf.models import weight_stream
     from rlhf.parts import restore
     from rlhf.rundir import RunDirectory
 
@@ -41,6 +43,8 @@ def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint:
     parts = assemble(plan, say)
     with contextlib.closing(parts):
         restore(parts, state)
+        if parts.sampler is not None:
+            parts.sampler.engine.sync(weight_stream(parts.models, "policy"), state["loop"]["step"])
         parts.hold_out(rows)
         found = measure(parts)
     if as_json:
@@ -60,9 +64,10 @@ def saved_state(directory: RunDirectory, name: str | None) -> tuple[str, dict[st
     Raises:
         RequestError: there is no such one, or it isn't whole.
     """
-    from rlhf import checkpoint as checkpoints
+    from rlhf.checkpoint import load
+    from rlhf.saved import whole
 
-    saved = {found.path.name: found for found in checkpoints.whole(directory.checkpoints)}
+    saved = {found.path.name: found for found in whole(directory.checkpoints)}
     if not saved:
         raise RequestError(Problem(f"{directory.path}: holds no checkpoint"))
     chosen = name or list(saved)[-1]
@@ -73,6 +78,6 @@ def saved_state(directory: RunDirectory, name: str | None) -> tuple[str, dict[st
     if chosen not in saved:
         raise RequestError(Problem(f"{directory.path}: there is no checkpoint {chosen!r}", fix))
     try:
-        return chosen, checkpoints.load(saved[chosen].path)
+        return chosen, load(saved[chosen].path)
     except ValueError as error:
         raise RequestError(Problem(str(error), fix)) from error

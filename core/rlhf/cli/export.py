@@ -17,7 +17,8 @@ import click
 from rlhf import facts
 from rlhf.cli import say
 from rlhf.cli.evaluate import saved_state
-from rlhf.cli.run import planned, settle
+from rlhf.cli.plan import planned
+from rlhf.cli.run import settle
 from rlhf.entries import Head
 from rlhf.errors import Problem, RequestError
 from rlhf.plan import Component, Plan, plan_from_json
@@ -93,7 +94,7 @@ def _of_run(path: Path, role: str | None, checkpoint: str | None) -> Iterator[tu
 
     directory = RunDirectory(path)
     plan = plan_from_json(directory.plan_json(), loaded())
-    trained = [one.name for one in plan.roles if one.role.trainable and one.view == "own"]
+    trained = [one.name for one in plan.roles if one.role.trainable and one.chooses]
     name = role or ("policy" if "policy" in trained else trained[0])
     if name not in trained:
         raise RequestError(Problem(f"--role {name}: the run has trained no such model", f"it has {', '.join(trained)}"))

@@ -9,14 +9,26 @@ from typing import Any
 import click
 import yaml
 
+from rlhf import library
 from rlhf.cli import say
 from rlhf.errors import Problem, RequestError
+from rlhf.place import here
 from rlhf.recipe import read_yaml
 from rlhf.registry import loaded
 
 
+def _list(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if asked:
+        for name, file in library.shipped().items():
+            click.echo(f"{name:<16} {library.about(file)}\n{'':<16} {file}")
+        ctx.exit()
+
+
 @click.command()
-@click.argument("recipe_file", metavar="RECIPE.yaml")
+@click.argument("recipe_file", metavar="RECIPE.yaml|NAME")
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="list the shipped recipes"
+)
 @click.option(
     "--set",
     "settings",
@@ -28,13 +40,19 @@ from rlhf.registry import loaded
 @click.option("--resume", is_flag=True, help="go on inside a stage that was interrupted")
 @click.option("--dry-run", is_flag=True, help="check every stage, print the pipeline as YAML, and do nothing")
 def pipeline(recipe_file: str, settings: tuple[str, ...], output: Path | None, resume: bool, dry_run: bool) -> int:
-    """Run the stages of a recipe, each a run of its own in DIR/STAGE, outputs feeding inputs.
+    """Run the stages of a recipe, a file or one that is shipped, each a run of its own in DIR/STAGE, outputs feeding
+    inputs.
 
     All stages are checked before the first one starts. A stage that is done is not redone.
     """  # fmt: skip
-    from rlhf.pipeline import carry_out, check, stages_of  # brings torch, which help must not wait for
+    from rlhf.pipeline import carry_out, check, stages_of
 
-    content = read_yaml(recipe_file)
+    found = here()
+    if found.joined:
+        what = f"{found.source} started this as rank {found.rank} of {found.size}, and each would run it all"
+        fix = f"start it once, by itself: stages start their own ranks where the recipe says nproc: {found.size}"
+        raise RequestError(Problem(f"rlhf pipeline: {what}", fix))
+    content = read_yaml(library.find(recipe_file))
     for setting in settings:
         _set(content, setting)
     stages = stages_of(content, recipe_file)
@@ -67,7 +85,11 @@ def _set(content: dict[str, Any], setting: str) -> None:
             inner = {"name": inner}
         place[key] = inner if isinstance(inner, dict) else {}
         place = place[key]
-    place[keys[-1]] = yaml.safe_load(value)
+    try:  # @STAGE is no YAML by itself
+        place[keys[-1]] = value if value.startswith("@") else yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        what = f"--set {setting}: the value is no YAML: {' '.join(str(error).split())}"
+        raise RequestError(Problem(what, f"put it in quotes: --set '{path}=\"...\"'")) from error
 
 
 def _line(result: dict[str, Any]) -> str:

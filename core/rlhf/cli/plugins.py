@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlhf.cli import say
 from rlhf.cli.recipes import option_rows
 from rlhf.entries import KINDS, address
 from rlhf.errors import Problem, RequestError
-from rlhf.options import default_of, fields, info, nearest, type_name
+from rlhf.options import default_of, fields, info, type_name
 from rlhf.registry import Offer, Registry, loaded, status_of
 
 
@@ -51,8 +52,10 @@ def show(name: str, as_json: bool) -> None:
     registry = loaded()
     offers = [offer for offer in registry.offers if offer.name == name]
     if not offers:
-        near = nearest(name, [offer.name for offer in registry.offers])
-        raise RequestError(Problem(f"no component is called {name!r}", f"did you mean {near!r}?" if near else ""))
+        names = sorted({offer.name for offer in registry.offers})
+        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.3)
+        alike = f"the nearest: {', '.join(near)}" if near else f"there are {', '.join(names)}"
+        raise RequestError(Problem(f"no component is called {name!r}", f"{alike}; rlhf plugins lists all"))
     if as_json:
         rows = [{**row, **_details(offer)} for row, offer in zip(status_of(offers), offers, strict=True)]
         click.echo(json.dumps(rows, indent=1))

@@ -11,11 +11,11 @@ import attrs
 import click
 
 from rlhf import options, recipe
-from rlhf.compose import chosen_entries
-from rlhf.entries import KINDS, MANY, Entry, address
+from rlhf.compose import Chosen, chosen_by
+from rlhf.entries import KINDS, MANY, Entry, Times, address
 from rlhf.errors import Problem, RequestError
 from rlhf.recipe import Recipe, RunOptions
-from rlhf.registry import Registry, loaded
+from rlhf.registry import loaded
 
 _KIND_HELP = {
     "algo": "algorithm",
@@ -54,36 +54,53 @@ class RecipeCommand(click.Command):
                 names = ", ".join(entry.name for entry in registry.entries(kind))
                 rows.append((f"--{kind} NAME", f"{_KIND_HELP[kind]}: {names or 'none installed'}"))
             formatter.write_dl(rows)
-        own = [p.get_help_record(ctx) for p in self.params if isinstance(p, click.Option) and p.name not in KINDS]
+        chosen = chosen_by(asked, registry) if asked.picks.get("algo") else None
+        own = [p for p in self.params if isinstance(p, click.Option) and p.name not in KINDS]
         with formatter.section("Options"):
-            formatter.write_dl([record for record in own if record])
-        if not asked.picks.get("algo"):
+            formatter.write_dl([record for p in own if (record := _record(p, ctx, chosen))])
+        if chosen is None:
             formatter.write_paragraph()
             formatter.write_text("Add --algo NAME, or any other component, to see its options: --KIND.FIELD VALUE.")
         else:
-            _component_help(formatter, asked, registry)
+            _component_help(formatter, chosen)
         return formatter.getvalue().rstrip()
 
 
-def _component_help(formatter: click.HelpFormatter, asked: Recipe, registry: Registry) -> None:
-    chosen = chosen_entries(asked, registry)
-    for kind, entries in chosen.items():
+def _record(option: click.Option, ctx: click.Context, chosen: Chosen | None) -> tuple[str, str] | None:
+    """An option's help, with the default that holds for the components chosen."""
+    record = option.get_help_record(ctx)
+    if record is None or chosen is None or option.name not in chosen.setters:
+        return record
+    field = options.fields(RunOptions)[option.name]
+    return record[0], f"{options.info(field).text()}  {_default(field, option.name, chosen)}"
+
+
+def _default(field: attrs.Attribute[Any], key: str, chosen: Chosen | None) -> str:
+    """The value where the user says nothing, and who set it where it isn't the option's own."""
+    value = options.default_of(field)
+    if chosen is not None and key in chosen.setters:
+        other = chosen.settings[key]
+        other = other.of(value) if isinstance(other, Times) else other
+        return f"[default: {options.typed(other)}, set by {chosen.setters[key]}]"
+    return "[required]" if value is attrs.NOTHING else f"[default: {options.typed(value) or 'none'}]"
+
+
+def _component_help(formatter: click.HelpFormatter, chosen: Chosen) -> None:
+    for kind, entries in chosen.entries.items():
         for key, entry in entries.items():
             if entry.config is None:
                 continue
             title = f"{kind} {entry.name}: {entry.summary}"
             with formatter.section(title):
-                formatter.write_dl(option_rows(entry, f"--{address(kind, key)}."))
+                formatter.write_dl(option_rows(entry, f"--{address(kind, key)}.", chosen))
 
 
-def option_rows(entry: Entry, prefix: str) -> list[tuple[str, str]]:
+def option_rows(entry: Entry, prefix: str, chosen: Chosen | None = None) -> list[tuple[str, str]]:
     """(flag with its type, help with default, unit and source) of each option of an entry."""
     rows = []
     for name, field in options.fields(entry.config).items() if entry.config else ():
-        value = options.default_of(field)
-        default = "required" if value is attrs.NOTHING else f"default: {options.typed(value) or 'none'}"
-        flag = f"{prefix}{name.replace('_', '-')}"
-        rows.append((f"{flag} {options.type_name(field.type)}", f"{options.info(field).text()}  [{default}]"))
+        flag, default = f"{prefix}{name.replace('_', '-')}", _default(field, f"{prefix[2:]}{name}", chosen)
+        rows.append((f"{flag} {options.type_name(field.type)}", f"{options.info(field).text()}  {default}"))
     return rows
 
 
@@ -112,15 +129,16 @@ def split_fields(args: Sequence[str]) -> tuple[list[tuple[str, str | bool]], lis
 
 
 def _scan(args: Sequence[str]) -> Recipe:
-    """The components named in arguments that may be incomplete, for help."""
+    """The components, model and data named in arguments that may be incomplete, for help."""
     named: dict[str, list[str]] = {}
+    given_of: dict[str, list[str]] = {"model": [], "data": []}
     for i, word in enumerate(args):
         name, sign, value = word.partition("=")
-        if name[2:] in KINDS and name.startswith("--"):
+        if name.startswith("--") and (name[2:] in KINDS or name[2:] in given_of):
             given = value if sign else args[i + 1] if i + 1 < len(args) else ""
             if given and not given.startswith("--"):
-                named.setdefault(name[2:], []).append(given)
-    return recipe.from_flags({}, [], named)
+                (given_of if name[2:] in given_of else named).setdefault(name[2:], []).append(given)
+    return recipe.from_flags(given_of, [], named)
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,6 +148,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--model", metavar="PATH", multiple=True, help="folder, run or hub id; ROLE=PATH is for one role"),
         click.option("--data", metavar="PATH", multiple=True, help="data file, folder or hub id; may be repeated"),
         click.option("--eval-data", metavar="PATH", multiple=True, help="held-out data; left out, a share of --data"),
+        click.option("--ptx-data", metavar="PATH", multiple=True, help="completions to learn beside, by --ptx-coef"),
     ]  # fmt: skip
     decorators += [
         click.option(f"--{kind}", metavar="NAME", multiple=True, help=text) for kind, text in _KIND_HELP.items()

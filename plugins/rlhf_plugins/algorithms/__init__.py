@@ -11,6 +11,7 @@ from rlhf.api import (
     POLICY,
     AlgorithmEntry,
     CompletionRow,
+    Passes,
     Plan,
     PlannedComponent,
     PreferenceRow,
@@ -20,6 +21,7 @@ from rlhf.api import (
     hookimpl,
     option,
 )
+from rlhf_plugins.algorithms import distillation, offline_rl, preferences, processes, samples, without_critic
 
 
 @attrs.frozen(kw_only=True)
@@ -116,21 +118,6 @@ def _adaptive_kl_is_stable(plan: Plan, component: PlannedComponent) -> Iterator[
         yield Problem(what, f"give more than {n // 5}; the usual is 10000")
 
 
-@attrs.frozen(kw_only=True)
-class DPOConfig:
-    """Options of `dpo`."""
-
-    beta: float = option(0.1, help="how strongly the policy is held to the reference", gt=0)
-    loss: str = option("sigmoid", help="of the difference of log-ratios", choices=("sigmoid", "ipo", "hinge"))
-    label_smoothing: float = option(
-        0.0, help="assumed share of swapped pairs (conservative DPO)", source="cDPO, eq. 3", ge=0, lt=0.5
-    )
-
-    def __attrs_post_init__(self) -> None:
-        if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError(f"label_smoothing is defined for loss sigmoid, not {self.loss}")
-
-
 @hookimpl
 def rlhf_algorithms() -> Iterable[Any]:
     yield AlgorithmEntry(
@@ -142,6 +129,7 @@ def rlhf_algorithms() -> Iterable[Any]:
         roles=ppo_roles,
         constraints=(_adaptive_kl_is_stable,),
         requires={"rollouts", "logprobs"},
+        footprint=lambda config: Passes(epochs=config.epochs, entropy=config.entropy_coef > 0),
         defaults={"optim.learning_rate": 3e-6, "batch_size": 64},
         rank=10,
     )
@@ -150,6 +138,7 @@ def rlhf_algorithms() -> Iterable[Any]:
         summary="supervised fine-tuning on completions or chats",
         config=SFTConfig,
         impl="rlhf_plugins.algorithms.sft:SFT",
+        footprint=lambda config: Passes(),
         data=CompletionRow,
         defaults={"optim.learning_rate": 2e-5, "batch_size": 32},
     )
@@ -160,14 +149,12 @@ def rlhf_algorithms() -> Iterable[Any]:
         impl="rlhf_plugins.algorithms.reward:RewardModelling",
         data=PreferenceRow,
         roles=(Role("reward", trainable=True, head="scalar", head_init="normal"),),
+        footprint=lambda config: Passes(responses=2, grouped=True),
         defaults={"optim.learning_rate": 1e-5, "batch_size": 32},
     )
-    yield AlgorithmEntry(
-        name="dpo",
-        summary="direct preference optimisation: sigmoid, IPO, hinge",
-        config=DPOConfig,
-        impl="rlhf_plugins.algorithms.dpo:DPO",
-        data=PreferenceRow,
-        roles=(POLICY, Role("reference", start="policy")),
-        defaults={"optim.learning_rate": 1e-6, "batch_size": 32},
-    )
+    yield from preferences.entries()
+    yield from without_critic.entries()
+    yield from samples.entries()
+    yield from distillation.entries()
+    yield from processes.entries()
+    yield from offline_rl.entries()

@@ -5,6 +5,7 @@
     L = mean_t max(-A rho, -A clip(rho, 1 - eps, 1 + eps))     rho = pi(y_t) / pi_old(y_t), after temperature
         + c_v mean_t 0.5 max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2) - c_e mean_t H_t
 
+Where the engine isn't exact, a token's policy loss is multiplied by its importance weight (`batch.importance`).
 Means are over the optimiser step's own tokens. Details follow Huang et al., "The N implementation details of RLHF
 with PPO": returns before whitening, value head started at zero, dropout off, a penalty where EOS is missing. Left
 out: rewards of intermediate tokens, and a pretraining term.
@@ -21,7 +22,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from rlhf.api import Algorithm, Batch, Context, Experience, Rollouts, Score, State, token_mean
+from rlhf.api import Algorithm, Batch, Context, Experience, Rollouts, Score, State, policy_mean, token_mean
 from rlhf_plugins.algorithms import PPOConfig
 from rlhf_plugins.functional import advantages as adv
 from rlhf_plugins.functional.kl import ESTIMATORS, adaptive_kl_coef, k1, k3, penalised_rewards
@@ -68,7 +69,7 @@ class PPO(Algorithm):
         metrics.mean("kl/coef", self.kl_coef)
         metrics.mean("policy/entropy", -logp_old, mask)  # of the samples: unbiased where sampling isn't truncated
         metrics.mean("value/mean", values, mask)
-        metrics.mean("value/explained_variance", adv.explained_variance(values, estimate.returns, mask))
+        metrics.mean("value/explained_variance", self._explained(values, estimate.returns, mask))
         return Experience(
             rollouts,
             tokens={
@@ -96,7 +97,7 @@ class PPO(Algorithm):
         actor = clipped_policy_loss(
             policy.logp, batch["logp_old"], batch["advantages"], config.clip_range, config.clip_range, batch.mask
         )
-        policy_loss = token_mean(actor.losses, batch)
+        policy_loss = policy_mean(actor.losses, batch)  # weighted where the engine sampled from another distribution
         batch.log("policy/loss", policy_loss)
         batch.log("policy/clip_fraction", token_mean(actor.clipped.float(), batch))
         batch.log("policy/ratio", token_mean(actor.ratio, batch))
@@ -127,9 +128,9 @@ class PPO(Algorithm):
         """The scores that are learnt from, [B]: normalised, clipped, penalised. Metrics keep the raw ones."""
         config, scores = self.config, rollouts.rewards
         if config.normalise_rewards:
-            everybody = self.context.world.gather(update_stats(ScoreStats(), scores))
-            for stats in everybody:
-                self._stats = merge_stats(self._stats, stats)
+            own = update_stats(ScoreStats(), scores) if len(scores) else ScoreStats()
+            for stats in self.context.world.gather(attrs.asdict(own)):
+                self._stats = merge_stats(self._stats, ScoreStats(**stats))
             scores = normalise_scores(scores, self._stats)
         if config.reward_clip is not None:
             scores = clip_scores(scores, config.reward_clip)
@@ -143,7 +144,17 @@ class PPO(Algorithm):
             scores = length_penalty(scores, rollouts.lengths, config.length_threshold, config.length_penalty)
         return scores
 
+    def _moments(self, x: Tensor, mask: Tensor) -> adv.Moments:
+        """Of the whole batch of all ranks, not this rank's part."""
+        return adv.Moments.unstack(self.context.world.sum(adv.moments(x, mask).stack()))
+
     def _whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-        """Over the whole batch of all ranks, not this rank's part."""
-        moments = adv.Moments.unstack(self.context.world.sum(adv.moments(x, mask).stack()))
-        return adv.whiten_with(x, moments, mask, shift_mean=shift_mean)
+        return adv.whiten_with(x, self._moments(x, mask), mask, shift_mean=shift_mean)
+
+    def _explained(self, values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        """`adv.explained_variance` of the whole batch of all ranks."""
+        target, error = returns.double(), returns.double() - values.double()  # [N] each
+        size = self._moments(target, mask).mean
+        return adv.explained_by(
+            self._moments(target - size, mask), self._moments(error - self._moments(error, mask).mean, mask), size
+        )

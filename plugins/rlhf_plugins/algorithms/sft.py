@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the mean negative log-likelihood of the tokens to be learnt.
+"""Supervised fine-tuning (Ouyang et al. 2022): the mean negative log-likelihood of the tokens to be learnt.
 
     L = - (1/T) sum_t log pi(y_t | x, y_<t)        T: the step's tokens that are learnt, over all sequences
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf.api import Algorithm, Batch, Codec, CompletionRow, Example, Score, token_mean
+from rlhf.api import Algorithm, Batch, Codec, CompletionRow, Example, Score, completion_example, token_mean
 from rlhf_plugins.algorithms import SFTConfig
 from rlhf_plugins.functional.packing import pack
 
@@ -23,16 +23,11 @@ class SFT(Algorithm):
     config: SFTConfig
 
     def examples(self, row: CompletionRow, codec: Codec) -> Iterable[Example]:
-        if row.messages:
-            tokens, spoken = codec.chat(row.messages)
-            start = max(1, int(spoken.int().argmax()))  # the first learnt token needs one before it
-            prompt, response, mask = tokens[:start], tokens[start:], spoken[start:]
-        else:
-            prompt, response, mask = codec.prompt(row.prompt), codec.response(row.completion, row.prompt), None
+        example = completion_example(row, codec)
         if self.config.loss_on == "all":
-            whole = torch.cat([prompt, response])
-            prompt, response, mask = whole[:1], whole[1:], None
-        yield Example(prompt, response, mask)
+            whole = torch.cat([example.prompt, example.response])
+            example = Example(whole[:1], whole[1:])
+        yield example
 
     def bundles(self, lengths: Sequence[int]) -> Iterable[Sequence[int]]:
         if not self.config.packing:

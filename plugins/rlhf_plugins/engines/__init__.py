@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 
 import attrs
 
-from rlhf.api import EngineEntry, Plan, PlannedComponent, Problem, hookimpl, option
+from rlhf.api import (
+    EngineEntry,
+    ForwardBatch,
+    ModuleMemory,
+    Plan,
+    PlannedComponent,
+    hookimpl,
+    option,
+    transformer,
+)
+from rlhf_plugins.engines.endpoint.entry import OPENAI
+from rlhf_plugins.engines.rules import room_to_answer
+from rlhf_plugins.engines.vllm.entry import VLLM
 
 
 @attrs.frozen(kw_only=True)
@@ -23,35 +35,39 @@ class HFEngineConfig:
     )
 
 
-def _known_ratio(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
-    """Truncated sampling draws from another distribution than the policy's, and no ratio to it is known."""
-    config = component.config
-    if "logprobs" in plan.algo.entry.requires and config.temperature == 0:
-        what = f"--engine.temperature 0: {plan.algo.name} needs log-probs of what was sampled, and greedy has none"
-        yield Problem(what, "give a temperature above 0; held-out sampling has --eval-temperature 0")
-    if "logprobs" in plan.algo.entry.requires and (config.top_p < 1 or config.top_k > 0):
-        given = f"--engine.top-p {config.top_p:g}" if config.top_p < 1 else f"--engine.top-k {config.top_k}"
-        what = f"{given}: {plan.algo.name} needs log-probs of what was sampled, and truncation changes them unaccounted"
-        yield Problem(what, "leave it out; --engine.temperature is accounted for")
-
-
-def _room_to_answer(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
-    context = next((role.model.context for role in plan.roles if role.name == "policy"), None)
-    tokens = component.config.max_new_tokens
-    if context is not None and tokens >= context:
-        what = f"--engine.max-new-tokens {tokens}: the model's context is {context} tokens, prompt included"
-        yield Problem(what, f"at most {context - 1}, less what the prompts take")
+def _footprint(
+    module: ModuleMemory, batch: ForwardBatch, plan: Plan, component: PlannedComponent
+) -> Mapping[str, float]:
+    """A slot for each sequence that is decoded at once, as long as the longest and 64 columns more; its prompt's keys
+    and values once again while they are computed; logits of the newest tokens, in 24 bytes each while one is drawn."""
+    a = module.architecture
+    slots = min(component.config.max_batch, batch.rows)
+    number = max(module.stream, module.compute) + module.compute  # rotary positions leave keys as wide as the stream
+    column = a.layers * a.key_heads * a.head_size * number
+    prompts = -(-slots // batch.group)
+    prefill = attrs.evolve(batch, rows=prompts, response=0)
+    work = transformer(module, prefill)
+    return {
+        "KV cache": slots * column * (batch.prompt + batch.response + 64) + prompts * column * batch.prompt,
+        "activations": work.working,
+        "logits": max(0.0, slots * a.vocabulary * 24.0 - work.working),
+        "gathered weights": sum(weight.bytes for weight in module.weights) * (1 - 1 / module.over("weights")),
+    }
 
 
 @hookimpl
 def rlhf_engines() -> Iterable[EngineEntry]:
-    """Sampling in the trainer's own process."""
+    """Sampling from the trainer's own module, by vLLM, and from somebody else's endpoint."""
     yield EngineEntry(
         name="hf",
         summary="samples from the trainer's own module, in its process; nothing to sync, exact log-probs in fp32",
         config=HFEngineConfig,
         impl="rlhf_plugins.engines.hf:HFEngine",
-        provides={"rollouts", "logprobs"},
-        constraints=(_known_ratio, _room_to_answer),
+        provides={"rollouts", "logprobs", "on-policy"},
+        footprint=_footprint,
+        eases=("max_batch",),
+        constraints=(room_to_answer,),
         rank=10,
     )
+    yield VLLM
+    yield OPENAI

@@ -5,7 +5,7 @@ Left out: paged keys and values, compiled graphs, speculative decoding. Engines 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -25,6 +25,7 @@ from rlhf.api import (
     Sample,
     Sequences,
     State,
+    Weights,
 )
 from rlhf_plugins.engines.sampling import draw, uniforms
 from rlhf_plugins.engines.slots import SlotCache
@@ -57,6 +58,8 @@ class _Response:
 class HFEngine(Engine):
     """Decodes up to `max_batch` responses at once; as some end, those waiting take their slots."""
 
+    borrows = True
+
     def __init__(self, config: Any, context: Any) -> None:
         super().__init__(config, context)
         self._calls = 0
@@ -84,7 +87,8 @@ class HFEngine(Engine):
         truncated = self.config.top_p < 1.0 or self.config.top_k > 0
         full = spec.weights == torch.float32 and spec.compute in (None, torch.float32)
         exact = full and "quantization_config" not in spec.arguments and not truncated
-        self.logprobs = LogProbs(exact=exact, truncated=truncated)
+        dtype = str(spec.compute or spec.weights).removeprefix("torch.")
+        self.logprobs = LogProbs(exact=exact, truncated=truncated, dtype=dtype)
 
     def generate(self, requests: Sequence[Sample], temperature: float | None = None) -> Generation:
         """See `rlhf.api.Engine`. The log-probs are those of the distribution that was sampled; of a greedy token, at
@@ -113,7 +117,7 @@ class HFEngine(Engine):
             self._version,
         )
 
-    def sync(self, weights: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
+    def sync(self, weights: Weights, version: int) -> None:
         """Nothing to take: it samples from the trainer's module."""
         self._version = version
 
@@ -193,6 +197,9 @@ class HFEngine(Engine):
     def _forward(self, ids: Tensor, lengths: Tensor, cache: Any) -> Tensor:
         """Logits after the last token. ids: [n, q], padded on the left; lengths: [n], cached tokens included."""
         width = cache.get_seq_length() + ids.shape[1]
+        # The last place by number, not as a slice: of a slice of n rows, which has gaps in memory, torch makes a
+        # product for each with a copy of the head of its own.
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         place = torch.arange(width, device=ids.device)[None] - (width - lengths)[:, None]  # [n, width], < 0 is padding
         out = self._module(
             input_ids=ids,
@@ -200,7 +207,7 @@ class HFEngine(Engine):
             position_ids=place[:, -ids.shape[1] :].clamp(min=0),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         return out.logits[:, -1]  # type: ignore[no-any-return]
 

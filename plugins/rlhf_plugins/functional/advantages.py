@@ -146,6 +146,16 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
     with torch.no_grad():
         target = returns[own].double()  # [own tokens]
         error = target - values[own].double()
-        if target.numel() == 0 or bool(target.max() == target.min()):
+        if target.numel() == 0:
             return target.new_tensor(float("nan"))
-        return 1.0 - error.var(correction=0) / target.var(correction=0)
+        return explained_by(moments(target - target.mean()), moments(error - error.mean()), target.mean())
+
+
+def explained_by(target: Moments, error: Moments, size: Tensor) -> Tensor:
+    """The same of moments, so of all ranks: of the returns, and of returns - values. [] float64.
+
+    Both must be taken about their means over all ranks, or about something near: they are subtracted from their own
+    squares. size: [], that mean of the returns: a spread below its rounding is none.
+    """
+    none = bool(target.count == 0) or bool(target.var.sqrt() <= 1e-12 * size.abs())
+    return target.var.new_tensor(float("nan")) if none else 1.0 - error.var / target.var

@@ -55,6 +55,20 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def after_tokens(values: Tensor, last: Tensor, lengths: Tensor) -> Tensor:
+    """Read after each token what `values` holds before it: [N], differentiable.
+
+    values: [N], before each token of responses of `lengths` (int64 [B], none empty). last: [B], after each one's last.
+    Raises: ValueError if a shape differs or a response is empty.
+    """
+    check_ragged(lengths, values=values)
+    check_same_length(last=last, lengths=lengths)
+    if bool((lengths < 1).any()):
+        raise ValueError(f"expected responses of a token at least, given lengths {lengths.tolist()}")
+    ends = (lengths.cumsum(0) - 1).to(values.device)
+    return torch.cat([values[1:], values[:1]]).index_put((ends,), last)
+
+
 def repeat(x: Tensor, lengths: Tensor) -> Tensor:
     """Spread one value a response over the response's tokens: [B] -> [N], same unit; differentiable.
 

@@ -12,7 +12,7 @@ from rlhf.api import LauncherEntry, hookimpl
 def rlhf_launchers() -> Iterable[Any]:
     yield LauncherEntry(
         name="local",
-        summary="in the process that was started",
-        impl="rlhf.interfaces:Launcher",
+        summary="on this machine: in the process that was started, or with --nproc in several of its own",
+        impl="rlhf_plugins.launchers.local:Local",
         rank=10,
     )

@@ -7,6 +7,7 @@ mode, so that nothing is random.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.api import LoadSpec, MemoryStrategy, Problem, RequestError
+from rlhf_plugins.memory.adapters import again, chosen
 
 
 class Checkpointing(MemoryStrategy):
@@ -33,7 +35,8 @@ class Checkpointing(MemoryStrategy):
             raise RequestError(Problem(what, f"leave it out for the role {spec.role}"))
         # By class and not by a wrapped `forward`, which a copy of the module would share with the original; under the
         # same name, by which layers are found to be sharded.
-        kinds = {kind: type(kind.__name__, (Recomputing, kind), {}) for kind in {type(layer) for layer in layers}}
+        how = OnHost if self.config.offload else Recomputing
+        kinds = {kind: type(kind.__name__, (how, kind), {}) for kind in {type(layer) for layer in layers}}
         for layer in layers:
             layer.__class__ = kinds[type(layer)]
         return module
@@ -46,4 +49,22 @@ class Recomputing(nn.Module):
         # Without a gradient nothing is kept anyway; and a cache would be written again by the second forward.
         if not torch.is_grad_enabled() or any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
             return super().forward(*args, **kwargs)
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+        forward, choice = super().forward, chosen(self)
+
+        def as_now(*args: Any, **kwargs: Any) -> Any:
+            with again(choice):  # by the backward, another role's adapters may be on
+                return forward(*args, **kwargs)
+
+        with self.kept():
+            return checkpoint(as_now, *args, use_reentrant=False, **kwargs)
+
+    def kept(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the inputs are kept: where they are."""
+        return contextlib.nullcontext()
+
+
+class OnHost(Recomputing):
+    """The same, its inputs kept in the host's memory. Untested on a GPU, where alone it saves anything."""
+
+    def kept(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())

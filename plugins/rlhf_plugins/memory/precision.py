@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 import torch
 
-from rlhf.api import LoadSpec, MemoryStrategy
+from rlhf.api import LoadSpec, LossScaler, MemoryStrategy
+from rlhf_plugins.memory import Float16Config
 
 
 class BFloat16(MemoryStrategy):
@@ -23,3 +24,19 @@ class Float32(MemoryStrategy):
 
     def load(self, spec: LoadSpec) -> LoadSpec:
         return attrs.evolve(spec, weights=torch.float32, compute=None)
+
+
+class Float16(MemoryStrategy):
+    """float16 matrix products (autocast) over float32 weights where they are trained; frozen weights in float16.
+    Numbers reach from 6e-8 to 65504: small gradients need a scaled loss (`rlhf.scaling`), and larger activations make
+    the loss infinite, which ends the run."""
+
+    config: Float16Config
+
+    def load(self, spec: LoadSpec) -> LoadSpec:
+        if spec.trainable:
+            return attrs.evolve(spec, weights=torch.float32, compute=torch.float16)
+        return attrs.evolve(spec, weights=torch.float16, compute=None)
+
+    def loss_scaler(self) -> LossScaler:
+        return LossScaler(self.config.initial_scale, self.config.growth_interval)

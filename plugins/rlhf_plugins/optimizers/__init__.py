@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import attrs
 
-from rlhf.api import OptimizerEntry, hookimpl, option
+from rlhf.api import OptimizerEntry, Plan, PlannedComponent, Problem, Weight, hookimpl, moments, option
 from rlhf_plugins.memory.rules import bitsandbytes_from
 
 
@@ -41,6 +41,25 @@ class AdamW8bitConfig(AdamWConfig):
     )  # fmt: skip
 
 
+def _moments_of_8_bits(weight: Weight, config: Any) -> float:
+    """Bytes that `adamw8bit` keeps of a tensor: two moments of a byte, and of each 256 of them a float32; small ones
+    stay in float32. Besides, 2 KiB for all tensors together."""
+    if weight.numel < config.min_size:
+        return 8.0 * weight.numel
+    return 2.0 * weight.numel + 2 * 4 * -(-weight.numel // 256)
+
+
+def _as_float32(weight: Weight, config: Any) -> float:
+    """What bitsandbytes' step on a CPU makes of a tensor: both moments, the gradient, the root and the quotient."""
+    return 5 * 4.0 * weight.numel if weight.numel >= config.min_size else 0.0
+
+
+def _host_is_elsewhere(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
+    if "cuda" not in plan.machine.provides:
+        what = f"--optim {component.name}: this machine has no GPU, so moments are in the host's memory anyway"
+        yield Problem(what, "--optim adamw is the same, with fewer copies; --optim adamw8bit keeps smaller moments")
+
+
 @hookimpl
 def rlhf_optimizers() -> Iterable[Any]:
     yield OptimizerEntry(
@@ -48,6 +67,7 @@ def rlhf_optimizers() -> Iterable[Any]:
         summary="AdamW with constant, linear or cosine schedule and warm-up",
         config=AdamWConfig,
         impl="rlhf_plugins.optimizers.adamw:AdamW",
+        footprint=moments(4, 4, beside=4),  # beside: a float32 that counts the steps
         rank=10,
     )
     yield OptimizerEntry(
@@ -56,6 +76,18 @@ def rlhf_optimizers() -> Iterable[Any]:
         config=AdamW8bitConfig,
         impl="rlhf_plugins.optimizers.adamw8bit:AdamW8bit",
         requires={"whole-gradients"},
+        footprint=_moments_of_8_bits,
+        at_work=_as_float32,
         constraints=(bitsandbytes_from("0.48", on_cpu="0.50"),),
         modules={"bitsandbytes": "pip install 'rlhf-kit[quant]'"},
+    )
+    yield OptimizerEntry(
+        name="adamw-host",
+        summary="adamw with moments and step in the host's memory: 8 bytes a trained weight less on the GPU",
+        config=AdamWConfig,
+        impl="rlhf_plugins.optimizers.adamw_host:AdamWHost",
+        requires={"whole-gradients"},
+        constraints=(_host_is_elsewhere,),
+        footprint=moments(4, 4, beside=4),
+        state_on_host=True,
     )

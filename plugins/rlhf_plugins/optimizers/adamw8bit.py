@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from bitsandbytes.optim import AdamW8bit as Optimizer
 
-from rlhf.api import Context, OptimizerStrategy, TrainedParameter
+from rlhf.api import Context, OptimizerStrategy, TrainedParameter, schedule
 from rlhf_plugins.optimizers import AdamW8bitConfig
-from rlhf_plugins.optimizers.adamw import groups, schedule
+from rlhf_plugins.optimizers.adamw import groups
 
 
 class AdamW8bit(OptimizerStrategy):

@@ -6,7 +6,25 @@ from collections.abc import Iterable
 
 import attrs
 
-from rlhf.api import PolicyEntry, hookimpl, option
+from rlhf.api import (
+    Activations,
+    ForwardBatch,
+    ModuleMemory,
+    Plan,
+    PlannedComponent,
+    PolicyEntry,
+    hookimpl,
+    option,
+    transformer,
+)
+
+MOST_SCORES = 1 << 26
+"""That attention by matrix products holds at once, 128 MiB of them in bfloat16."""
+FLAT_CALL, CALL = 2e6, 32.0
+"""What a block of a flat row's attention costs on a CPU, times the square of a model's width, and what a forward costs:
+in tokens' matrix products of a layer, of the model."""
+FLAT_FROM = (FLAT_CALL / CALL) ** 0.5
+"""Width of models of which a flat row is never slower, on a CPU."""
 
 
 @attrs.frozen(kw_only=True)
@@ -41,9 +59,9 @@ class HFPolicyConfig:
     )
     layout: str = option(
         "auto",
-        help="how a forward lays out its sequences: a row for each, or a prompt's responses in one row behind it; "
-        "auto takes what costs less; same results",
-        choices=("auto", "padded", "shared"),
+        help="how a forward lays out its sequences: a row for each, a prompt's responses in one row behind it, or all "
+        "of them in one row without padding, where attention allows that; auto takes what costs less; same results",
+        choices=("auto", "padded", "shared", "flat"),
     )
     chunk_tokens: int = option(
         512, help="response tokens whose logits are held at once; fewer take less memory", unit="tokens", ge=1
@@ -51,8 +69,21 @@ class HFPolicyConfig:
     attention: str = option(
         "auto",
         help="attention implementation of transformers: sdpa, eager, or another it knows, such as flash_attention_2; "
-        "auto is sdpa, and on a CPU in bfloat16 a faster one by matrix products",
+        "auto is sdpa, and on a CPU a faster one by matrix products",
     )
+
+
+def _footprint(module: ModuleMemory, batch: ForwardBatch, plan: Plan, component: PlannedComponent) -> Activations:
+    config = component.config
+    host = "cuda" not in plan.machine.provides
+    by_products = host and config.attention == "auto"
+    # As trunk.py chooses: where prompts are shared, a flat row's calls cost a narrow model more than they save.
+    auto = config.layout == "auto" and (batch.group == 1 or module.architecture.hidden >= FLAT_FROM)
+    return transformer(
+        module, batch, chunk=config.chunk_tokens, shares=config.layout != "padded",
+        flat=by_products and (config.layout == "flat" or auto), products=by_products, fused=host,
+        most_scores=MOST_SCORES,
+    )  # fmt: skip
 
 
 @hookimpl
@@ -63,5 +94,7 @@ def rlhf_policies() -> Iterable[PolicyEntry]:
         summary="causal language models of Hugging Face transformers",
         config=HFPolicyConfig,
         impl="rlhf_plugins.policies.hf:HFPolicy",
+        footprint=_footprint,
+        eases=("chunk_tokens",),
         rank=10,
     )

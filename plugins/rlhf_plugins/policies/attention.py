@@ -21,9 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_plugins.policies import MOST_SCORES, ragged
+
 NAME = "rlhf_grouped"
-_MOST = 1 << 26
-"""Scores that may be held at once, 128 MiB of them; beyond, the fused kernel, which holds none."""
+BLOCKS = "rlhf_blocks"
+"""What a model's forward passes on to attention where sequences stand in one row: `ragged.Block`s."""
+MOST = MOST_SCORES
+"""Beyond, in a rectangle, the fused kernel, which holds none; a flat row is cut in pieces."""
 
 
 def grouped_attention(
@@ -49,11 +53,16 @@ def grouped_attention(
         return out.reshape(n, 1, heads, -1), None
     if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":  # rotary positions leave float32 behind
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    blocks = kwargs.pop(BLOCKS, None)
     plain = not any(kwargs.get(name) for name in ("dropout", "softcap")) and kwargs.get("position_bias") is None
     square = attention_mask is None and count == width and getattr(module, "is_causal", True)
     masked = attention_mask is not None and attention_mask.dtype == torch.bool
+    if blocks is not None:
+        if not plain or n != 1:
+            raise ValueError("attention with dropout, caps or a bias of its own can't be laid out flat")
+        return ragged.attend(query, key, value, blocks, scaling if scaling is not None else d**-0.5), None
     half = query.dtype == key.dtype == value.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if half and plain and count > 1 and (square or masked) and n * heads * count * width <= _MOST:
+    if half and plain and count > 1 and (square or masked) and n * heads * count * width <= MOST:
         hidden = _causal(count) if attention_mask is None else ~attention_mask
         scale = scaling if scaling is not None else d**-0.5
         return cast(Tensor, _Products.apply(query, key, value, hidden, scale)).transpose(1, 2), None  # type: ignore[no-untyped-call]

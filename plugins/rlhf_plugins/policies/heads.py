@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from rlhf_plugins.policies.chunks import in_chunks
 
 LogitsOf = Callable[[Tensor], Tensor]
 """States [n, D] -> logits [n, V]."""
@@ -35,13 +36,7 @@ def token_logps(
     def part(some: Tensor, tokens: Tensor) -> Tensor:
         return cast(Tensor, _LogSoftmax.apply(logits_of(some), tokens, temperature, entropy))  # type: ignore[no-untyped-call]
 
-    parts = [states.new_zeros(2, 0, dtype=torch.float32)]
-    for i in range(0, len(targets), chunk):
-        piece = states[i : i + chunk], targets[i : i + chunk]
-        if torch.is_grad_enabled():  # nothing random inside, so no RNG to keep
-            parts.append(cast(Tensor, checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False)))
-        else:
-            parts.append(part(*piece))
+    parts = [states.new_zeros(2, 0, dtype=torch.float32), *in_chunks(part, chunk, states, targets)]
     logp, spread = torch.cat(parts, dim=1)
     return logp, spread if entropy else None
 

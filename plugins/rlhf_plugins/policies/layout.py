@@ -1,6 +1,10 @@
 """How ragged sequences become rectangles for a trunk's forward, and where in them each response token lies.
 
-Two layouts, mixed freely in a forward, with the same results:
+Where attention can be told where sequences lie (`ragged`), there is one row and nothing in it is padding:
+
+    flat           prompt response response prompt response prompt response response response
+
+Else there are two layouts, mixed freely in a forward, with the same results:
 
     plain row      prompt response                      causal, so what pads its end changes nothing
     shared row     prompt response response response    a prompt once; each response sees the prompt and itself
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rlhf.api import Sequences
+from rlhf_plugins.policies import ragged
 
 
 @attrs.frozen
@@ -37,10 +42,9 @@ class Costs:
 
 @attrs.frozen
 class Row:
-    """A prompt and some of its responses."""
+    """Prompts, each with some of its responses; but for a flat row, one prompt."""
 
-    prompt: int
-    members: tuple[int, ...]  # sequences
+    texts: tuple[tuple[int, tuple[int, ...]], ...]  # (prompt, its sequences)
     tokens: int
 
 
@@ -55,6 +59,17 @@ class Grid:
     token: Tensor  # int64 [n], that token's place in the flat [N]
     last: Tensor  # int64 [m], flat position of a sequence's last token
     sequence: Tensor  # int64 [m], that sequence
+    blocks: tuple[ragged.Block, ...] = ()  # of a flat row: what its attention goes by, in place of a mask
+
+
+def lay_flat(sequences: Sequences, costs: ragged.Costs) -> Grid:
+    """Everything in one row, each prompt once."""
+    of_prompt = _members(sequences)
+    lengths = sequences.lengths.tolist()
+    texts = tuple((prompt, tuple(members)) for prompt, members in of_prompt.items())
+    tokens = sum(len(sequences.prompts[prompt]) for prompt in of_prompt) + sum(lengths)
+    grid, (spans,) = _grid([Row(texts, tokens)], sequences, masked=False)
+    return attrs.evolve(grid, blocks=ragged.blocks_of(spans, costs))
 
 
 def lay_out(sequences: Sequences, *, share: bool | None, single: bool, costs: Costs) -> list[Grid]:
@@ -65,20 +80,21 @@ def lay_out(sequences: Sequences, *, share: bool | None, single: bool, costs: Co
         single: one rectangle, so that every rank makes the same number of forwards.
     """
     lengths = sequences.lengths.tolist()
-    of_prompt: dict[int, list[int]] = {}
-    for i, prompt in enumerate(sequences.prompt_of.tolist()):
-        of_prompt.setdefault(prompt, []).append(i)
     rows: list[Row] = []
-    for prompt, members in of_prompt.items():
+    for prompt, members in _members(sequences).items():
         size = len(sequences.prompts[prompt])
         dealt = _deal(members, lengths, size, share, costs)
-        rows += [Row(prompt, tuple(part), size + sum(lengths[i] for i in part)) for part in dealt]
-    rows.sort(key=lambda row: (row.tokens, row.members))
-    starts = [0] * len(lengths)
-    for i in range(1, len(lengths)):
-        starts[i] = starts[i - 1] + lengths[i - 1]
-    responses = sequences.responses()
-    return [_grid(part, sequences.prompts, responses, starts) for part in ([rows] if single else _batches(rows, costs))]
+        rows += [Row(((prompt, tuple(part)),), size + sum(lengths[i] for i in part)) for part in dealt]
+    rows.sort(key=lambda row: (row.tokens, row.texts[0][1]))
+    return [_grid(part, sequences)[0] for part in ([rows] if single else _batches(rows, costs))]
+
+
+def _members(sequences: Sequences) -> dict[int, list[int]]:
+    """Each prompt's sequences."""
+    found: dict[int, list[int]] = {}
+    for i, prompt in enumerate(sequences.prompt_of.tolist()):
+        found.setdefault(prompt, []).append(i)
+    return found
 
 
 def _deal(members: list[int], lengths: list[int], prompt: int, share: bool | None, costs: Costs) -> list[list[int]]:
@@ -117,33 +133,46 @@ def _batches(rows: Sequence[Row], costs: Costs) -> list[Sequence[Row]]:
     return parts[::-1]
 
 
-def _grid(rows: Sequence[Row], prompts: Sequence[Tensor], responses: Sequence[Tensor], starts: list[int]) -> Grid:
+def _grid(rows: Sequence[Row], sequences: Sequences, masked: bool = True) -> tuple[Grid, list[list[ragged.Text]]]:
+    """Rows in a rectangle, and where in each of them its texts lie."""
+    responses = sequences.responses()
+    starts = [0, *sequences.lengths.cumsum(0).tolist()]  # of each response in the flat [N]
     b, width = len(rows), max(row.tokens for row in rows)
     ids = torch.empty(b, width, dtype=torch.long)
     positions = torch.arange(width).repeat(b, 1)
     part = torch.zeros(b, width, dtype=torch.long)  # 0 the prompt, then a number for each response
     before, token, last, sequence = [], [], [], []
+    texts: list[list[ragged.Text]] = []
     for r, row in enumerate(rows):
-        prompt = prompts[row.prompt]
-        pieces, at = [prompt], len(prompt)
-        for number, i in enumerate(row.members, start=1):
-            size = len(responses[i])
-            pieces.append(responses[i])
-            positions[r, at : at + size] = torch.arange(len(prompt), len(prompt) + size)
-            part[r, at : at + size] = number
-            flat = r * width + torch.arange(at - 1, at + size)  # [size + 1]: before each token, and the last one
-            flat[0] = r * width + len(prompt) - 1  # the prompt's end comes before every first token
-            before.append(flat[:-1])
-            last.append(flat[-1:])
-            token.append(torch.arange(starts[i], starts[i] + size))
-            sequence.append(i)
-            at += size
+        pieces, at = list[Tensor](), 0
+        texts.append([])
+        for number, members in row.texts:
+            prompt, begin = sequences.prompts[number], at
+            end = begin + len(prompt)
+            pieces.append(prompt)
+            positions[r, begin:end] = torch.arange(len(prompt))
+            spans, at = [], end
+            for place, i in enumerate(members, start=1):
+                size = len(responses[i])
+                pieces.append(responses[i])
+                positions[r, at : at + size] = torch.arange(len(prompt), len(prompt) + size)
+                part[r, at : at + size] = place
+                flat = r * width + torch.arange(at - 1, at + size)  # [size + 1]: before each token, and the last one
+                flat[0] = r * width + end - 1  # the prompt's end comes before every first token
+                before.append(flat[:-1])
+                last.append(flat[-1:])
+                token.append(torch.arange(starts[i], starts[i] + size))
+                sequence.append(i)
+                spans.append((at, at + size))
+                at += size
+            texts[r].append(((begin, end), spans))
         text = torch.cat(pieces)
         ids[r, :at] = text
         ids[r, at:] = text[-1]  # any token would do, none looks right; the pad token may be EOS, or not be there
     mask = None
-    if any(len(row.members) > 1 for row in rows):
+    if masked and any(len(members) > 1 for row in rows for _, members in row.texts):
         causal = torch.ones(width, width, dtype=torch.bool).tril()
         own = (part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)  # [b, query, key]
         mask = (own & causal)[:, None]
-    return Grid(ids, positions, mask, torch.cat(before), torch.cat(token), torch.cat(last), torch.tensor(sequence))
+    grid = Grid(ids, positions, mask, torch.cat(before), torch.cat(token), torch.cat(last), torch.tensor(sequence))
+    return grid, texts

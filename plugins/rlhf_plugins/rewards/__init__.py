@@ -1,4 +1,5 @@
-"""Reward sources: a verifiable answer, the response's length, a user's Python function, a reward model.
+"""Reward sources: a verifiable answer, the response's length, a user's Python function, a reward model, a server,
+math-verify, a program's tests, a language model as a judge.
 
 Each returns unweighted numbers, one a rollout; the core multiplies by `weight` and adds the sources up.
 """
@@ -12,6 +13,10 @@ from pathlib import Path
 import attrs
 
 from rlhf.api import Plan, PlannedComponent, Problem, RewardEntry, Role, hookimpl, option
+from rlhf_plugins.rewards.code.entry import CODE
+from rlhf_plugins.rewards.http.entry import HTTP
+from rlhf_plugins.rewards.judge.entry import JUDGE
+from rlhf_plugins.rewards.math.entry import MATH
 
 _WEIGHT = "factor of this source in the sum of rewards; may be negative"
 
@@ -72,6 +77,23 @@ class ModelConfig:
     )
 
 
+@attrs.frozen(kw_only=True)
+class ProcessConfig:
+    weight: float = option(1.0, help=_WEIGHT)
+    separator: str = option("\n", help="text between steps; the one that the model was trained with")
+    aggregate: str = option(
+        "min",
+        help="what becomes of the steps' scores: a response is as good as its worst step, as all on average, as the "
+        "last, or as likely to be right throughout as their product",
+        source="min and product: Lightman et al. 2023",
+        choices=("min", "mean", "last", "product"),
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if not self.separator:
+            raise ValueError("separator is empty, so no response could be cut at it")
+
+
 def answer_column(config: AnswerConfig) -> tuple[str, ...]:
     """The column that rows must have."""
     return (config.answer_column,)
@@ -95,9 +117,14 @@ def function_is_there(plan: Plan, component: PlannedComponent) -> Iterable[Probl
         yield Problem(f"{flag} {path}: no module {place!r} is installed", f"for a file: {flag} FILE.py:{function}")
 
 
+def _roles(component: PlannedComponent) -> tuple[Role, ...]:
+    roles = component.entry.roles
+    return tuple(roles(component.config) if callable(roles) else roles)
+
+
 def scores_one_number(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
     """The reward model's config.json, where it is known, describes a classifier with one label."""
-    role = plan.role(component.label or "reward")
+    role = plan.role(component.label or next(role.name for role in _roles(component)))
     if not role.model.known or (Path(role.model.path) / "adapter_config.json").is_file():
         return  # an adapter folder tells of its base, not of the head that comes with the adapter
     labels = len(role.model.get("id2label") or {}) or role.model.get("num_labels")
@@ -138,3 +165,15 @@ def rlhf_rewards() -> Iterator[RewardEntry]:
         constraints=(scores_one_number,),
         roles=(Role("reward", head="scalar", start="given"),),
     )
+    yield RewardEntry(
+        name="prm",
+        summary="a process reward model, which scores each step: --model prm=PATH",
+        config=ProcessConfig,
+        impl="rlhf_plugins.rewards.process:ProcessRewardModel",
+        constraints=(scores_one_number,),
+        roles=(Role("prm", head="scalar", start="given"),),
+    )
+    yield HTTP
+    yield MATH
+    yield CODE
+    yield JUDGE

@@ -7,7 +7,6 @@ that ended by itself is closed as its own template closes turns, one that ran in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +25,7 @@ from rlhf.api import (
     Sequences,
 )
 from rlhf_plugins.rewards import samples
+from rlhf_plugins.vocabulary import same_vocabulary
 
 Encoded = tuple[Tensor, Tensor] | Failed
 """A sample as the reward model reads it: int64 [P] prompt and int64 [R] response; or why it can't be."""
@@ -99,31 +99,7 @@ class RewardModel(Reward):
         return prompts[row], response
 
 
-def same_vocabulary(policy: Codec, other: Codec) -> bool:
-    """Whether the policy's tokens mean the same to `other`: the same tokenizer, but for tokens that only `other` has
-    (such as a pad token). Two codecs that don't show a `tokenizer` of the tokenizers library are taken to differ."""
-    ours, theirs = (_backend(codec) for codec in (policy, other))
-    if ours is None or theirs is None or policy.eos != other.eos:
-        return False
-    known = theirs.get_vocab(with_added_tokens=True)
-    if any(known.get(token) != number for token, number in ours.get_vocab(with_added_tokens=True).items()):
-        return False
-    return _pipeline(ours) == _pipeline(theirs)
-
-
 def same_template(policy: Codec, other: Codec) -> bool:
     """Whether `other` has the policy's chat template, or none that could differ."""
     ours, theirs = (getattr(getattr(codec, "tokenizer", None), "chat_template", None) for codec in (policy, other))
     return theirs is None or theirs == ours
-
-
-def _backend(codec: Codec) -> Any:
-    return getattr(getattr(codec, "tokenizer", None), "backend_tokenizer", None)
-
-
-def _pipeline(backend: Any) -> dict[str, Any]:
-    """How text is cut, apart from how batches are padded and which tokens were added."""
-    content: dict[str, Any] = json.loads(backend.to_str())
-    return {
-        key: part for key, part in content.items() if key not in ("padding", "truncation", "added_tokens", "version")
-    }

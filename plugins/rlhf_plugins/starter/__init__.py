@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rlhf.api import CompletionRow, PreferenceRow, PromptRow, StarterEntry, hookimpl
+from rlhf.api import CompletionRow, LabelledRow, PreferenceRow, PromptRow, RewardedRow, StarterEntry, StepRow, hookimpl
 
 _MODEL = "rlhf_plugins.starter:model"
+_GROUPED = (
+    "grpo", "dr-grpo", "dapo", "gfpo", "gspo", "luspo", "cispo", "sapo", "vespo", "dppo", "reinforce++-baseline",
+    "best-of-n",
+)  # fmt: skip
+_SINGLE = ("reinforce++", "remax")
 
 
 def _data(name: str) -> str:
@@ -23,12 +28,21 @@ def rlhf_starters() -> Iterable[Any]:
     tiny = {"mem": "fp32", "micro_batch_tokens": 16_384}
     online = {"max_steps": 40, "batch_size": 128, "eval_rows": 256}
     ppo = {"algo.epochs": 2, "algo.minibatches": 2, "algo.kl_coef": 0.01, "optim.warmup": 0.1}
-    for algorithm, settings in (("", online), ("ppo", {**online, **ppo})):
+    grouped = {"batch_size": 16, "algo.minibatches": 2, "optim.warmup": 0.1}  # of 8 responses each
+    single = {"algo.minibatches": 2, "optim.warmup": 0.1}
+    for algorithms, settings in (
+        ((), online),
+        ("ppo", {**online, **ppo}),
+        (_GROUPED, {**online, **grouped}),
+        ("rloo", {**online, **grouped, "batch_size": 32}),  # of 4 responses each
+        ("online-dpo", {**online, "batch_size": 64, "optim.warmup": 0.1}),  # of 2 responses each
+        (_SINGLE, {**online, **single}),
+    ):
         yield StarterEntry(
             name="sums",
             summary="prompts that ask for a sum, judged by their answer",
             data_type=PromptRow,
-            algorithms=algorithm or (),
+            algorithms=algorithms,
             model=_MODEL,
             data=_data("prompts_train"),
             eval_data=_data("prompts_eval"),
@@ -58,3 +72,41 @@ def rlhf_starters() -> Iterable[Any]:
             with_model={**tiny, "optim.learning_rate": rate},
             with_both={"epochs": 2.0, "batch_size": 64, "eval_rows": 256},
         )
+    yield StarterEntry(
+        name="marked sums",
+        summary="right and wrong sums, marked as such",
+        data_type=LabelledRow,
+        model=_MODEL,
+        data=_data("pref_train"),
+        eval_data=_data("pref_eval"),
+        with_model={**tiny, "optim.learning_rate": 1e-4},
+        with_both={"epochs": 2.0, "batch_size": 128, "eval_rows": 512},
+    )
+    yield StarterEntry(
+        name="judged steps",
+        summary="several answers to a sum, each marked right or wrong",
+        data_type=StepRow,
+        model=_MODEL,
+        data=_data("steps_train"),
+        eval_data=_data("steps_eval"),
+        with_model={**tiny, "optim.learning_rate": 1e-3},
+        with_both={"epochs": 2.0, "batch_size": 64, "eval_rows": 256},
+    )
+    yield StarterEntry(
+        name="paid sums",
+        summary="right and wrong sums, worth 1 and 0",
+        data_type=RewardedRow,
+        model=_MODEL,
+        data=_data("pref_train"),
+        eval_data=_data("pref_eval"),
+        with_model={**tiny, "optim.learning_rate": 1e-3},
+        # So short a run needs targets that follow fast; and half of its completions shouldn't be imitated.
+        with_both={
+            "epochs": 4.0,
+            "batch_size": 128,
+            "eval_rows": 512,
+            "algo.polyak": 0.1,
+            "algo.awac_beta": 4.0,
+            "algo.shift": 4.0,
+        },
+    )

@@ -144,7 +144,7 @@ class Console(Tracker):
             ("model", "; ".join(named)),
             ("results", str(self._directory)),
             ("device", f"{self.context.device}, {chip}{processes}"),
-            ("steps", f"{self._steps} of {plan.run.batch_size} {unit}{resumed}"),
+            ("length", f"{self._steps} steps, {plan.run.batch_size} {unit} each{resumed}"),
             *(("note", note) for note in notes),
         ):
             self._say(f"  {label:8} {text}")

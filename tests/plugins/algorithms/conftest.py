@@ -1,22 +1,22 @@
-"""Sequences, scores and ranks made by hand."""
+"""Sequences, scores and ranks made by hand; a model beside the built-in one."""
 
 from __future__ import annotations
 
-import threading
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from worked import double
 
 from rlhf.interfaces import Context, World
 from rlhf.plan import Plan
 from rlhf.sequences import Batch, Experience, Rollouts, Scores, Sequences, Totals
-
-
-def double(values: Sequence[float], gradient: bool = False) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, requires_grad=gradient)
+from rlhf.testing.ranks import on_ranks
 
 
 class HandScore:
@@ -34,6 +34,10 @@ class HandScore:
     def together(self, of: Any, *roles: str, entropy: bool = False) -> tuple[Scores, ...]:
         return tuple(self(of, role, entropy=entropy) for role in roles)
 
+    def divergence(self, of: Any, role: str, other: str, **how: Any) -> Tensor:
+        self.asked.append((f"{role} from {other}: {how}", False))
+        return self.roles[role]["divergence"]
+
     def logp_old(self, rollouts: Rollouts) -> Tensor:
         return self.roles["policy"]["logp"]
 
@@ -47,6 +51,18 @@ def hand() -> Callable[..., HandScore]:
 def context() -> Context:
     """For algorithms that ask nothing of their plan."""
     return Context(plan=cast(Plan, None))
+
+
+@pytest.fixture(scope="session")
+def another_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with noise on its weights, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("models") / "another"
+    shutil.copytree(tiny_model, folder)
+    draw = torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    noisy = {name: w + 0.05 * torch.randn(w.shape, generator=draw) for name, w in sorted(weights.items())}
+    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 def sequences_of(lengths: Sequence[int], masks: Sequence[Any] | None = None, group: Any = None) -> Sequences:
@@ -68,12 +84,16 @@ def batch() -> Callable[..., Batch]:
 @pytest.fixture
 def rollouts() -> Callable[..., Rollouts]:
     def make(
-        lengths: Sequence[int], rewards: Sequence[float], finish: Sequence[str] | None = None, masks: Any = None
+        lengths: Sequence[int],
+        rewards: Sequence[float],
+        finish: Sequence[str] | None = None,
+        masks: Any = None,
+        group: Sequence[int] | None = None,
     ) -> Rollouts:
         b = len(lengths)
         return Rollouts(
-            sequences_of(lengths, masks), None, cast(Any, tuple(finish or ["stop"] * b)), ("row",) * b, ("p",) * b,
-            ("t",) * b, ("",) * b, double(rewards),
+            sequences_of(lengths, masks, group), None, cast(Any, tuple(finish or ["stop"] * b)), ("row",) * b,
+            ("p",) * b, ("t",) * b, ("",) * b, double(rewards),
         )  # fmt: skip
 
     return make
@@ -90,48 +110,11 @@ def pairs() -> Callable[..., Experience]:
     return make
 
 
-class _FakeWorld(World):
-    """A rank among threads of this process."""
-
-    def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size = rank, size
-        self._board, self._barrier = board, barrier
-
-    def gather(self, value: Any) -> list[Any]:
-        self._board[self.rank] = value
-        self._barrier.wait()
-        found = list(self._board)
-        self._barrier.wait()
-        return found
-
-    def sum(self, x: Tensor) -> Tensor:
-        return torch.stack(self.gather(x)).sum(0)
-
-
 @pytest.fixture
 def fake_ranks() -> Callable[..., list[Any]]:
-    """Do something in each of several ranks at once; returns what each found."""
+    """Do something in each of several ranks at once, threads of this process; returns what each found."""
 
     def carry_out(*work: Callable[[World], Any]) -> list[Any]:
-        board: list[Any] = [None] * len(work)
-        barrier = threading.Barrier(len(work), timeout=20)
-        found: list[Any] = [None] * len(work)
-        errors: list[BaseException] = []
-
-        def one(rank: int) -> None:
-            try:
-                found[rank] = work[rank](_FakeWorld(rank, len(work), board, barrier))
-            except BaseException as error:
-                errors.append(error)
-                barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(work))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return found
+        return on_ranks(work)
 
     return carry_out

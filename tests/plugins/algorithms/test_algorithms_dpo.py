@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
+from worked import Words
 
-from rlhf.interfaces import Context
+from rlhf.interfaces import Context, World
 from rlhf.options import structure
 from rlhf.rows import PreferenceRow
-from rlhf_plugins.algorithms import DPOConfig
+from rlhf.sequences import Batch, Experience, Totals
 from rlhf_plugins.algorithms.dpo import DPO
+from rlhf_plugins.algorithms.preferences import DPOConfig
 
 Make = Callable[..., Any]
 
@@ -39,8 +42,8 @@ def learnt(algorithm: DPO, pairs: Make, batch: Make, hand: Make, *of_pairs: Any)
     score = hand(policy={"logp": logp}, reference={"logp": flat(*((ref, n) for _, ref, n in members)).detach()})
     experience = algorithm.experience(pairs([n for _, _, n in members]), score)
     assert [role for role, _ in score.asked] == ["reference"]
+    given = batch(algorithm.prepare(experience, score))
     score.asked.clear()
-    given = batch(experience)
     loss = algorithm.loss(given, score)
     assert [role for role, _ in score.asked] == ["policy"]  # the reference is not run again
     return loss, given, logp
@@ -57,6 +60,25 @@ PAIR = ((-10.0, -11.0, 5), (-12.0, -11.5, 4))
         ({"loss": "hinge"}, 0.85),  # 1 - .15
         ({"loss": "ipo"}, 21.855625),  # (1/5 + .5/4 - 5)^2 = 4.675^2
         ({"label_smoothing": 0.1}, 0.635957),  # .9 x .620957 + .1 x .770957
+        ({"loss": "exo_pair"}, 2.505517),  # eps .001, unless another is given
+        ({"loss": "robust", "label_smoothing": 0.1}, 0.602207),
+        ({"loss": "nca_pair"}, 1.350825),
+        ({"loss": "bco_pair"}, 1.312856),
+        ({"loss": "sppo_hard"}, 36.25),
+        ({"loss": "apo_zero"}, 0.962523),
+        ({"loss": "apo_down"}, 0.987549),
+        ({"loss": "discopop"}, 0.849338),
+        ({"loss": "discopop", "discopop_tau": 1e9}, 0.7408325),  # (.620957 + .860708) / 2
+        ({"loss": "sigmoid_norm"}, 0.677029),
+        ({"loss": "sft"}, 2.0),  # 10 nats over 5 tokens
+        ({"loss": "sigmoid:0.8,sft:0.2"}, 0.896766),  # .8 x .620957 + .2 x 2
+        ({"loss": "sigmoid,hinge", "label_smoothing": 0.1}, 1.485957),  # .635957 + .85: hinge has no smoothing
+        ({"divergence": "forward_kl"}, 0.631154),
+        ({"divergence": "js"}, 0.660652),
+        ({"divergence": "alpha"}, 0.627691),
+        ({"divergence": "alpha", "alpha": 0.3, "loss": "sigmoid:0.5,sft:0.5"}, 1.312719),  # (.625438 + 2) / 2
+        ({"loss": "aot"}, 0.620957),  # one pair meets itself
+        ({"loss": "aot_unpaired", "label_smoothing": 0.1}, 0.635957),
     ],
     ids=str,
 )
@@ -107,16 +129,6 @@ def test_before_the_first_step_the_loss_is_log_2(context: Context, pairs: Make, 
 
 
 def test_a_row_becomes_the_chosen_and_then_the_rejected(context: Context) -> None:
-    class Words:
-        eos = 0
-
-        def prompt(self, prompt: Any) -> Tensor:
-            return torch.tensor([len(prompt)])
-
-        def response(self, text: str, prompt: Any = "", *, end: bool = True) -> Tensor:
-            assert prompt == "why" and end
-            return torch.tensor([len(text), 0])
-
     row = PreferenceRow("why", chosen="good", rejected="x")
     chosen, rejected = dpo(context).examples(row, Words())  # type: ignore[arg-type]
     assert chosen.prompt.tolist() == rejected.prompt.tolist() == [3]
@@ -128,3 +140,77 @@ def test_a_row_becomes_the_chosen_and_then_the_rejected(context: Context) -> Non
 def test_options_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
     config, problems = structure(DPOConfig, wrong, "--algo.")
     assert config is None and next(iter(wrong)) in str(problems[0]).replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        ("sigmoit", "not 'sigmoit'"),
+        ("sigmoid:0.8,sigmoid:0.2", "names sigmoid twice"),
+        ("sigmoid:x", "not 'x'"),
+        ("sigmoid:0", "not '0'"),
+        ("sigmoid:inf", "not 'inf'"),
+        ("sigmoid:", "not ''"),
+        ("", "not ''"),
+    ],
+)
+def test_losses_that_cannot_be_read(loss: str, why: str) -> None:
+    config, problems = structure(DPOConfig, {"loss": loss}, "--algo.")
+    assert config is None and why in str(problems[0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"loss": "sft", "divergence": "js", "label_smoothing": 0.1},
+        {"loss": "aot", "divergence": "js"},
+        {"loss": "sigmoid,nca_pair", "divergence": "alpha"},
+        {"loss": "exo_pair", "label_smoothing": 0.0},
+    ],
+    ids=str,
+)
+def test_losses_that_do_not_go_together(wrong: dict[str, Any]) -> None:
+    config, _ = structure(DPOConfig, wrong, "--algo.")
+    assert config is None
+
+
+def test_no_other_forward_than_the_losses_need(context: Context, pairs: Make, hand: Make) -> None:
+    score = hand(policy={"logp": flat((-1.0, 1), (-2.0, 1))})
+    experience = pairs([1, 1], logp_ref=torch.zeros(2))
+    assert dpo(context, loss="sigmoid,sft").prepare(experience, score) is experience and not score.asked
+
+
+# Differences of the policy: 2, -1, .5; of the reference: 0, 1, -2. Sorted: -1 meets -2, .5 meets 0, 2 meets 1.
+# Log-ratios c = 1, -2, .5 and r = -1, 0, -2 meet as 1-0, -2--2, .5--1.
+THREE = [((-1.0, -2.0), (-3.0, -2.0)), ((-4.0, -2.0), (-3.0, -3.0)), ((-2.5, -3.0), (-3.0, -1.0))]
+"""(policy's, reference's) of the chosen, then of the rejected."""
+AOT = {"aot": (1.0, 1.0, 0.5), "aot_unpaired": (1.0, 0.0, 1.5)}
+
+
+@pytest.mark.parametrize("loss", AOT)
+def test_aot_sorts_over_ranks_and_micro_batches(
+    context: Context, pairs: Make, hand: Make, fake_ranks: Make, loss: str
+) -> None:
+    """Two ranks, the first with the pairs 2 and 0, the second with 1; each pair a micro-batch of its own."""
+
+    def one(which: list[int]) -> Callable[[World], list[tuple[int, float]]]:
+        def work(world: World) -> list[tuple[int, float]]:
+            algorithm = dpo(attrs.evolve(context, world=world), loss=loss, beta=1.0)
+            found = []
+            policy = torch.tensor([p for i in which for p, _ in THREE[i]])
+            reference = torch.tensor([q for i in which for _, q in THREE[i]])
+            base = pairs([1, 1] * len(which), logp_ref=reference)
+            group = torch.tensor(which).repeat_interleave(2)
+            experience = Experience(attrs.evolve(base.sequences, group=group), logp_ref=reference)
+            prepared = algorithm.prepare(experience, hand(policy={"logp": policy}))
+            for j, i in enumerate(which):
+                rows = torch.tensor([2 * j, 2 * j + 1])
+                part = Batch(prepared.select(rows), Totals(6, 6, 3))
+                found.append((i, float(algorithm.loss(part, hand(policy={"logp": policy[rows]})))))
+            return found
+
+        return work
+
+    found = dict(pair for rank in fake_ranks(one([2, 0]), one([1])) for pair in rank)
+    wanted = [math.log1p(math.exp(-d)) / 3 for d in AOT[loss]]
+    assert [found[i] for i in range(3)] == pytest.approx(wanted, rel=1e-6)  # float32

@@ -8,9 +8,13 @@ import attrs
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from rlhf.compose import compose
 from rlhf.errors import RequestError, RunError
 from rlhf.interfaces import HeadRequest
+from rlhf.plan import resource
+from rlhf.planning.phases import predict
 from rlhf.sequences import Generation, Sample
 from rlhf_plugins.engines import hf
 from rlhf_plugins.engines.sampling import uniforms
@@ -212,6 +216,7 @@ def test_adapters_are_sampled_from(load: Any, attach: Any, ask: Any, policy: Any
 
 def test_the_module_is_left_as_it_was(load: Any, attach: Any, ask: Any) -> None:
     module, spec = load()
+    module.set_attn_implementation("sdpa")  # it samples by a faster one
     attach((module, spec), max_new_tokens=3).generate(ask(3))
     assert module.config._attn_implementation == "sdpa"
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
@@ -240,3 +245,17 @@ def test_a_model_with_another_memory_is_refused(load: Any, attach: Any) -> None:
     module.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(RequestError, match="linear_attention"):
         attach((module, spec))
+
+
+def test_a_plan_counts_the_policy_that_is_gathered_for_a_rollout(typed: Any, installed: Any, machine: Any) -> None:
+    """Of the starter's weights in float32 each of four ranks lacks three quarters; loaded they are whole."""
+    gathered, loaded = {}, {}
+    for backend in ("fsdp2", "ddp"):
+        recipe = typed("--algo", "ppo", "--mem", "fp32", "--nproc", "4", "--backend", backend)
+        phases = {one.phase: one.device for one in predict(compose(recipe, installed, machine)).phases}
+        gathered[backend] = phases["rollout"].get("gathered weights", 0.0)
+        loaded[backend] = phases["load"]["weights"]
+    model = AutoModelForCausalLM.from_pretrained(resource("rlhf_plugins.starter:model"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert gathered == {"fsdp2": pytest.approx(4 * count * 3 / 4), "ddp": 0.0}
+    assert loaded["fsdp2"] == loaded["ddp"]

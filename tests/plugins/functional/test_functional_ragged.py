@@ -159,3 +159,21 @@ def test_integer_and_misfit_masks_are_refused() -> None:
         ragged.own_tokens(torch.tensor([1, 0]), torch.zeros(2))
     with pytest.raises(ValueError, match="bool"):
         ragged.own_tokens(torch.tensor([True]), torch.zeros(2))
+
+
+def test_after_tokens_by_hand() -> None:
+    """Before the tokens 1, 2, 10, 20, 40; after each response's last 3 and 50."""
+    lengths, last = torch.tensor([2, 3]), torch.tensor([3.0, 50.0])
+    assert ragged.after_tokens(X, last, lengths).tolist() == [2.0, 3.0, 20.0, 40.0, 50.0]
+    assert ragged.after_tokens(X[:0], last[:0], lengths[:0]).tolist() == []
+    x, end = X.clone().requires_grad_(), last.clone().requires_grad_()
+    (ragged.after_tokens(x, end, lengths) * torch.tensor([1.0, 2, 3, 4, 5])).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0.0, 1.0, 0.0, 3.0, 4.0]
+    assert end.grad is not None and end.grad.tolist() == [2.0, 5.0]
+
+
+def test_after_tokens_refuses_what_has_no_token() -> None:
+    with pytest.raises(ValueError, match="a token at least"):
+        ragged.after_tokens(X, torch.zeros(3), LENGTHS)
+    with pytest.raises(ValueError, match="one length"):
+        ragged.after_tokens(X, torch.zeros(3), torch.tensor([2, 3]))

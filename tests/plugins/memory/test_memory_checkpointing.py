@@ -12,9 +12,12 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf.compose import compose
 from rlhf.errors import RequestError
+from rlhf.facts import Gpu, Machine
 from rlhf.interfaces import Context, HeadRequest, LoadSpec, MemoryStrategy
 from rlhf.sequences import Sequences
+from rlhf_plugins.memory import CheckpointingConfig
 from rlhf_plugins.memory.checkpointing import Checkpointing
 from rlhf_plugins.policies.hf import HFPolicy
 
@@ -26,7 +29,7 @@ LAYERS = 4
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    return Checkpointing(None, Context(None)).wrap(module, SPEC)  # type: ignore[arg-type]
+    return Checkpointing(CheckpointingConfig(), Context(None)).wrap(module, SPEC)  # type: ignore[arg-type]
 
 
 def layers(module: nn.Module) -> list[nn.Module]:
@@ -143,3 +146,30 @@ def test_layers_stay_what_they_were(make_model: Model) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(RequestError, match="can't checkpoint the layers of a Linear"):
         wrap(nn.Linear(2, 2))
+
+
+def test_inputs_kept_on_the_host_give_the_same_gradients(make_model: Model, ids: torch.Tensor) -> None:
+    """On a CPU they are copies in the same memory: what is kept goes through `save_on_cpu`, and comes back the same."""
+    packed: list[torch.Size] = []
+
+    class Counted(torch.autograd.graph.save_on_cpu):  # fake-host: the same, and counts
+        def __init__(self, pin_memory: bool = False) -> None:
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: packed.append(tensor.shape) or pack(tensor)
+
+    expected, _, _ = step(wrap(make_model("llama")), ids)
+    module = Checkpointing(CheckpointingConfig(offload=True), Context(None)).wrap(make_model("llama"), SPEC)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "save_on_cpu", Counted)
+        found, _, _ = step(module, ids)
+    assert set(found) == set(expected) and all(torch.equal(found[name], g) for name, g in expected.items())
+    assert packed.count(torch.Size((3, 7, 32))) == LAYERS  # the states that enter each layer
+
+
+def test_inputs_on_the_host_need_a_gpu(typed: Any, installed: Any, machine: Any) -> None:
+    words = ("--algo", "sft", "--mem", "checkpointing", "--mem.checkpointing.offload", "true")
+    with pytest.raises(RequestError, match="this machine has no GPU, so activations are in the host's memory anyway"):
+        compose(typed(*words), installed, machine)
+    gpu = Machine(2, frozenset(), 1 << 34, (Gpu("fake", 16 << 30, (8, 0)),), 1)
+    assert compose(typed(*words), installed, gpu)

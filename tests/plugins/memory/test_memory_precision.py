@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf.cli import main
 from rlhf.compose import compose
 from rlhf.entries import AlgorithmEntry, BackendEntry, FormatEntry, LauncherEntry, OptimizerEntry, PolicyEntry, Role
 from rlhf.errors import RequestError
@@ -35,11 +37,13 @@ Prepared = Callable[..., tuple[nn.Module, LoadSpec]]
         ("bf16", False, torch.bfloat16, None),
         ("fp32", True, torch.float32, None),
         ("fp32", False, torch.float32, None),
+        ("fp16", True, torch.float32, torch.float16),
+        ("fp16", False, torch.float16, None),
     ],
 )
 def test_what_is_loaded(strategies: Strategies, name: str, trainable: bool, weights: Any, compute: Any) -> None:
     (strategy,) = strategies(name)
-    given = LoadSpec("r", "m", "lm", trainable, "keep", "cpu", weights=torch.float16, compute=torch.float16)
+    given = LoadSpec("r", "m", "lm", trainable, "keep", "cpu", weights=torch.float64, compute=torch.float64)
     found = strategy.load(given)
     assert (found.weights, found.compute, found.model) == (weights, compute, "m")
 
@@ -97,6 +101,53 @@ def test_frozen_bf16_is_half_the_bytes(
     assert 1e-5 < worst < 0.005
 
 
+def test_fp16_scales_the_loss_by_its_options(strategies: Strategies) -> None:
+    (strategy,) = strategies(fp16={"initial_scale": 8.0, "growth_interval": 5})
+    scaler = strategy.loss_scaler()
+    assert scaler is not None and (scaler.scale, scaler.interval) == (8.0, 5)
+    assert all(other.loss_scaler() is None for other in strategies("bf16", "fp32"))
+
+
+@pytest.mark.matrix  # measuring what the chip does in float16, for the floor, takes seconds on a CPU
+def test_fp16_trains_like_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A short run on the CPU, whose float16 products are slow and right: the same losses but for rounding. Its first
+    scale overflows, which is found out: the step is left out and counted, and the scale halved."""
+
+    def steps(mem: str, *words: str) -> list[dict[str, float]]:
+        run = tmp_path / mem
+        shape = ("--max-steps", "2", "--batch-size", "2", "--eval-rows", "0", "--track", "none")
+        rate = ("--optim.learning-rate", "0.001")
+        with pytest.raises(SystemExit) as left:
+            main(["run", "--algo", "sft", "--mem", mem, "--output", str(run), *shape, *rate, *words])
+        assert left.value.code == 0
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    expected, found = steps("fp32"), steps("fp16", "--mem.fp16.initial-scale", str(2.0**30))
+    # float16 rounds to 2^-11 of a number: a dozen products of log-probs of order 1 to 10
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], abs=0.02)
+    assert [row["optim/skipped"] for row in found] == [1.0, 1.0]
+    assert [row["optim/loss_scale"] for row in found] == [2.0**30, 2.0**29]
+    assert "optim/loss_scale" not in expected[0]
+
+
+def test_fp16_gradients_are_near_fp32s(
+    folder: Folder, strategies: Strategies, prepared: Prepared, policy: HFPolicy
+) -> None:
+    path = folder("llama")
+    exact, _ = prepared(path, strategies("fp32"))
+    mixed, _ = prepared(path, strategies("fp16"))
+    (strategy,) = strategies(fp16={"initial_scale": 256.0})  # of a sum over 32 tokens, not of a mean
+    scaler = strategy.loss_scaler()
+    assert scaler is not None
+    logp(policy, exact).sum().backward()
+    scaler.scaled(logp(policy, mixed).sum()).backward()
+    scaler.unscale(mixed.parameters())
+    for (name, a), b in zip(exact.named_parameters(), mixed.parameters(), strict=True):
+        assert b.dtype == torch.float32 and b.grad is not None and a.grad is not None
+        # relative to the whole gradient: sqrt of some dozen products, forward and backward, x 2^-12, is .2%
+        assert (b.grad - a.grad).norm() < 0.004 * a.grad.norm(), name
+
+
 # Who takes the slot
 
 
@@ -119,7 +170,12 @@ def plan(folder: Folder, tmp_path: Path) -> Callable[..., Plan]:
     path = folder("llama")
     (tmp_path / "d.jsonl").write_text("{}")
 
-    def make(*mem: str, flags: tuple[str, ...] = ("avx512_bf16",), reference: tuple[str, ...] | None = None) -> Plan:
+    def make(
+        *mem: str,
+        flags: tuple[str, ...] = ("avx512_bf16",),
+        reference: tuple[str, ...] | None = None,
+        vendor: str = "AuthenticAMD",
+    ) -> Plan:
         chosen = {"reference": RoleRecipe(mem=tuple(map(Pick, reference)))} if reference is not None else {}
         recipe = Recipe(
             picks={"algo": (Pick("a"),), "mem": tuple(map(Pick, mem))},
@@ -127,7 +183,7 @@ def plan(folder: Folder, tmp_path: Path) -> Callable[..., Plan]:
             model=path,
             data=(str(tmp_path / "d.jsonl"),),
         )
-        return compose(recipe, registry(), Machine(2, frozenset(flags), 1 << 34, (), 1))
+        return compose(recipe, registry(), Machine(2, frozenset(flags), 1 << 34, (), 1, vendor))
 
     return make
 
@@ -139,6 +195,9 @@ def names(plan: Plan, role: str) -> list[str]:
 def test_bf16_unasked_where_the_chip_has_it(plan: Callable[..., Plan]) -> None:
     assert names(plan(), "policy") == names(plan(), "reference") == ["bf16"]
     assert names(plan(flags=()), "policy") == ["fp32"]
+    assert names(plan(vendor="GenuineIntel"), "policy") == ["fp32"]  # which has it, slower than float32
+    assert names(plan("bf16", vendor="GenuineIntel"), "policy") == ["bf16"]
+    assert names(plan(flags=("avx512_bf16", "amx_bf16"), vendor="GenuineIntel"), "policy") == ["bf16"]
     assert names(plan("fp32"), "policy") == ["fp32"]
 
 

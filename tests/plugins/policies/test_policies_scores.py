@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf.errors import RunError
 from rlhf.interfaces import HeadRequest
 from rlhf.sequences import Sequences
+from rlhf_plugins.policies.ragged import Costs
 from rlhf_plugins.policies.trunk import Trunk, examine
 
 FP32 = {"rtol": 0.0, "atol": 1e-5}
@@ -38,7 +39,7 @@ def gradients(module: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared", "auto"])
+@pytest.mark.parametrize("layout", ["padded", "shared", "flat", "auto"])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gpt2", "gemma2", "cohere", "granite", "mistral"])
 def test_logp_entropy_and_their_gradients_are_those_of_a_plain_forward(
     family: str, layout: str, folder: Any, policy: Any, spec: Any, ragged: Sequences
@@ -79,10 +80,36 @@ def test_several_responses_stand_behind_one_prompt_where_the_model_allows_it(
     assert sum(rows for rows, _ in seen) == 2 and max(width for _, width in seen) == 18
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "cohere", "granite"])
+def test_everything_stands_in_one_row_without_padding(
+    family: str, folder: Any, policy: Any, spec: Any, ragged: Sequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = policy().load(spec(folder(family)))
+    seen: list[tuple[int, ...]] = []
+    module.base_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    flat = (1, 7 + 4 + 1 + 6 + 3 + 9 + 2)
+    alone = ragged.select(torch.tensor([0, 1]))  # of two prompts
+    with torch.no_grad():
+        policy(layout="flat").score(module, ragged, [LM])
+        assert seen == [flat]
+        policy().score(module, alone, [LM])
+        assert seen[1:] == [(1, sum(alone.total_lengths()))]
+        # a narrow model: where a prompt is shared, its rectangles cost less than the calls of a flat row's blocks
+        policy().score(module, ragged, [LM])
+        assert flat not in seen[2:]
+        seen.clear()
+        monkeypatch.setattr(Trunk, "flat_costs", lambda self: Costs(pair=1e-3, call=32.0, most=10**9))
+        policy().score(module, ragged, [LM])
+        assert seen == [flat]
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_a_windowed_model_never_shares_rows(family: str, folder: Any, policy: Any, spec: Any) -> None:
     """Mistral's window of 12 is longer than what a model is tried on at loading."""
-    assert not Trunk(policy().load(spec(folder(family)))).traits.shareable
+    traits = Trunk(policy().load(spec(folder(family)))).traits
+    assert not traits.shareable and not traits.flat
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
@@ -116,7 +143,7 @@ def test_a_model_with_logits_of_its_own_making_is_read_through_its_own_forward(
     torch.testing.assert_close(values.values, head(before)[:, 0], **FP32)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize("layout", ["padded", "shared", "flat"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_scalars_are_read_before_each_response_token_and_at_the_last(
     family: str, layout: str, folder: Any, policy: Any, spec: Any, ragged: Sequences

@@ -115,7 +115,7 @@ def test_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "  model    org/small",
         f"  results  {tmp_path}/run",
         "  device   cpu, 2 cores",
-        "  steps    200 of 16 prompts",
+        "  length   200 steps, 16 prompts each",
         "  note     --engine some: taken because none was named",
     ]
 
@@ -188,7 +188,7 @@ def test_a_resumed_run_counts_its_own_steps(
     clock.now += 10
     tracker.step_finished(7, {"loss": 1.0})
     lines = said(capsys)
-    assert "  steps    10 of 16 prompts, going on after step 6" in lines
+    assert "  length   10 steps, 16 prompts each, going on after step 6" in lines
     assert lines[-1] == "step 7/10, 0:00:10, 0:00:30 left, saved at 6 | loss 1"
 
 

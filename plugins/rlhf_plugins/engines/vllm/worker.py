@@ -1,0 +1,111 @@
+"""What runs where vLLM has its model: in this process, or in one of its own.
+
+`Extension` is mixed into vLLM's worker, by `worker_extension_cls`, and called by `collective_rpc`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXTENSION = "rlhf_plugins.engines.vllm.worker.Extension"
+
+
+class Extension:
+    """Methods of a worker; `self` is the worker."""
+
+    def take_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load weights by their Hugging Face names, a layer at a time; forget the keys and values of old ones apart."""
+        self.model_runner.reload_weights(weights_iterator=iter(weights))
+        repack_heads(self.model_runner.get_model())
+
+    def fingerprints(self: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[float]]:
+        """See `Sampler.fingerprints`."""
+        return dict(_fingerprints(self.model_runner.get_model(), shapes))
+
+
+def repack_heads(model: nn.Module) -> None:
+    """On a CPU vLLM packs a linear weight for its products. A head that is tied to the embedding loads nothing itself,
+    so nothing packs it anew, and it goes on with the old weights without a word."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for part in model.modules():
+        if isinstance(part, ParallelLMHead) and hasattr(part, "cpu_linear"):
+            part.quant_method.process_weights_after_loading(part)
+
+
+# Which weight is another than it should be
+
+_PROBES = 8
+
+
+def probe(size: int, seed: int) -> Tensor:
+    """float32 [size], the same in any process."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def fingerprint(weight: Tensor) -> list[float]:
+    """A few numbers that a weight of another value has others of. Of a matrix W they are a fixed R times W x for a
+    fixed x: so they can be had of a layer that has packed it away, by calling it.
+
+    weight: [out, in] or [size].
+    """
+    w = weight.detach().float().cpu()
+    return _read(w @ probe(w.shape[1], 1) if w.ndim == 2 else w.reshape(-1))
+
+
+def _read(y: Tensor) -> list[float]:
+    """y: [n]."""
+    y = y.float().cpu()
+    rows = torch.randn(_PROBES, len(y), generator=torch.Generator().manual_seed(2))
+    return (rows @ y / max(len(y), 1) ** 0.5).tolist()  # type: ignore[no-any-return]
+
+
+def _fingerprints(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, list[float]]]:
+    modules = dict(model.named_modules())
+    fused: dict[str, tuple[str, list[str]]] = {
+        part: (whole, parts)
+        for whole, parts in (getattr(model, "packed_modules_mapping", None) or {}).items()
+        for part in parts
+    }
+    for name, shape in shapes.items():
+        place, _, kind = name.rpartition(".")
+        above, _, last = place.rpartition(".")
+        whole, parts = fused.get(last, (last, [last]))
+        layer = _under_adapters(modules.get(f"{above}.{whole}" if above else whole))
+        if layer is None or kind not in ("weight", "bias"):
+            continue
+        sizes = [shapes[other][0] for part in parts if (other := f"{above}.{part}.{kind}") in shapes] or [shape[0]]
+        start = sum(sizes[: parts.index(last)]) if len(sizes) == len(parts) else 0
+        with torch.no_grad():
+            found = _output(layer, kind, shape)
+        if found is not None and len(found) >= start + shape[0]:
+            yield name, _read(found[start : start + shape[0]])
+
+
+def _output(layer: nn.Module, kind: str, shape: tuple[int, ...]) -> Tensor | None:
+    """W x of a layer's whole matrix, or its vector; None where it can't be had. float32 [n]."""
+    own = getattr(layer, kind, None)
+    if len(shape) == 1:
+        return None if own is None else own.reshape(-1)
+    if len(shape) != 2:
+        return None
+    method: Any = getattr(layer, "quant_method", None)
+    device, dtype = next(((p.device, p.dtype) for p in layer.parameters()), (torch.device("cpu"), torch.float32))
+    x = probe(shape[1], 1).to(device, dtype)[None]
+    if type(layer).__name__ == "VocabParallelEmbedding":  # only looked up, never multiplied by
+        return None if own is None else own.float() @ x[0].float()
+    if method is None:
+        return None
+    try:
+        y: Tensor = method.apply(layer, x, None)
+    except (RuntimeError, AttributeError, TypeError):  # a matrix that is kept the other way round
+        return None
+    return y[0].float()
+
+
+def _under_adapters(layer: nn.Module | None) -> nn.Module | None:
+    return getattr(layer, "base_layer", layer)

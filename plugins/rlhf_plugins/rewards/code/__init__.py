@@ -1,0 +1,1 @@
+"""Programs in responses, run against tests in processes with limits."""
