@@ -379,7 +379,7 @@ class Loop:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         parts, loop = self.parts, state["loop"]
-        self.step, self.taken = loop["step"], loop.get("taken", 0)
+        self.step, self.taken = loop["step"], loop["taken"]
         self.best = (loop["best"][0], loop["best"][1]) if loop["best"] else None
         self.heldout_before, self.heldout_after = loop["heldout_before"], loop["heldout_after"]
         self._seconds_before = loop["wall_seconds"]

@@ -140,7 +140,7 @@ GPU_80 = Gpu("A", 80 << 30, (8, 0))
         ({"avx512_bf16"}, "GenuineIntel", (), {"bf16"}),  # half of float32's rate
         ({"avx512_bf16", "amx_bf16"}, "GenuineIntel", (), {"bf16", "fast-bf16"}),
         ({"bf16"}, "", (), {"bf16", "fast-bf16"}),  # as Linux on ARM calls it
-        ({"avx2", "avx512f"}, "GenuineIntel", (), set()),
+        ({"avx2", "avx512f"}, "GenuineIntel", (), {"bf16"}),  # by way of float32, a quarter of its rate
         ({"avx2"}, "GenuineIntel", (GPU_80,), {"cuda", "bf16", "fast-bf16"}),
         ({"avx512_bf16"}, "AuthenticAMD", (GPU_80, Gpu("B", 1, (7, 5))), {"cuda"}),  # the weakest GPU says
     ],

@@ -96,7 +96,7 @@ def nominal_peaks(machine: Machine) -> tuple[Peaks, str]:
         return peaks, f"nominal peaks of {found}{assumed}"
     wide = 64 if any(flag.startswith("avx512") for flag in machine.cpu_flags) else 32  # FLOP a cycle, two FMA units
     single = machine.cpus * 3.5e9 * wide
-    half = single * (4 if "amx_bf16" in machine.cpu_flags else 2 if "fast-bf16" in machine.provides else 1)
+    half = single * machine.cpu_bf16_rate
     bandwidth = 25e9 * min(machine.cpus, 8)
     why = f"nominal peaks of {machine.cpus} cores: 3.5 GHz, {wide} FLOP a cycle, 25 GB/s each"
     return Peaks({"float32": single, "bfloat16": half, "float16": half}, bandwidth), why

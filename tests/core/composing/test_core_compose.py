@@ -31,11 +31,13 @@ from rlhf.entries import (
     MemoryEntry,
 )
 from rlhf.errors import Problem, RequestError
-from rlhf.facts import Machine
+from rlhf.facts import Gpu, Machine
 from rlhf.options import option
 from rlhf.plan import Component, Plan
 from rlhf.recipe import Pick, Recipe, RoleRecipe, from_mapping
 from rlhf.registry import Registry
+
+WITHOUT_BF16 = Gpu("T4", 16 << 30, (7, 5))
 
 # What nobody named
 
@@ -48,7 +50,7 @@ def test_where_nothing_is_named_the_highest_rank_among_the_legal_is_taken(plan: 
     assert made.engine.name == "fake-engine"
     assert [component.name for component in made.trackers] == ["fake-track"]  # rank 0 is never taken unasked
     assert mem(made, "policy") == ["fake-half"]
-    plain = attrs.evolve(machine, cpu_flags=frozenset({"avx2"}))
+    plain = attrs.evolve(machine, gpus=(WITHOUT_BF16,))
     assert mem(plan(*ONLINE_WORDS, on=plain), "policy") == ["fake-full"]
 
 
@@ -109,7 +111,7 @@ def test_a_need_that_nothing_meets_names_who_would(plan: Planned) -> None:
 
 
 def test_a_need_of_the_machine(plan: Planned, machine: Machine) -> None:
-    plain = attrs.evolve(machine, cpu_flags=frozenset())
+    plain = attrs.evolve(machine, gpus=(WITHOUT_BF16,))
     error = problems(lambda: plan("--algo", "fake-alone", "--mem", "fake-half", on=plain))
     assert told(error) == ["--mem fake-half needs 'bf16', which nothing provides (role policy)"]
     assert error.problems[0].fix == "nothing installed here, nor this machine, does"
@@ -141,7 +143,7 @@ def test_a_slot_holds_one(plan: Planned) -> None:
 
 
 def test_roles_share_a_problem_only_where_it_is_the_same(plan: Planned, machine: Machine) -> None:
-    plain = attrs.evolve(machine, cpu_flags=frozenset())
+    plain = attrs.evolve(machine, gpus=(WITHOUT_BF16,))
     words = ("--mem", "fake-full", "--mem", "policy=fake-half", "--mem", "value=fake-half,fake-full")
     assert told(problems(lambda: plan(*ONLINE_WORDS, *words, on=plain))) == [
         "--mem fake-half needs 'bf16', which nothing provides (roles policy, value)",

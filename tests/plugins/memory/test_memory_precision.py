@@ -15,7 +15,7 @@ from rlhf.cli import main
 from rlhf.compose import compose
 from rlhf.entries import AlgorithmEntry, BackendEntry, FormatEntry, LauncherEntry, OptimizerEntry, PolicyEntry, Role
 from rlhf.errors import RequestError
-from rlhf.facts import Machine
+from rlhf.facts import Gpu, Machine
 from rlhf.interfaces import HeadRequest, LoadSpec, MemoryStrategy
 from rlhf.plan import Plan
 from rlhf.recipe import Pick, Recipe, RoleRecipe
@@ -175,6 +175,7 @@ def plan(folder: Folder, tmp_path: Path) -> Callable[..., Plan]:
         flags: tuple[str, ...] = ("avx512_bf16",),
         reference: tuple[str, ...] | None = None,
         vendor: str = "AuthenticAMD",
+        gpus: tuple[Gpu, ...] = (),
     ) -> Plan:
         chosen = {"reference": RoleRecipe(mem=tuple(map(Pick, reference)))} if reference is not None else {}
         recipe = Recipe(
@@ -183,7 +184,7 @@ def plan(folder: Folder, tmp_path: Path) -> Callable[..., Plan]:
             model=path,
             data=(str(tmp_path / "d.jsonl"),),
         )
-        return compose(recipe, registry(), Machine(2, frozenset(flags), 1 << 34, (), 1, vendor))
+        return compose(recipe, registry(), Machine(2, frozenset(flags), 1 << 34, gpus, 1, vendor))
 
     return make
 
@@ -213,8 +214,9 @@ def test_reference_costs_nothing_beside_adapters(plan: Callable[..., Plan]) -> N
 
 
 def test_bf16_named_where_the_chip_has_it_not(plan: Callable[..., Plan]) -> None:
+    assert names(plan("bf16", flags=()), "policy") == ["bf16"]  # a CPU goes by way of float32
     with pytest.raises(RequestError, match="--mem bf16 needs 'bf16', which nothing provides"):
-        plan("bf16", flags=())
+        plan("bf16", gpus=(Gpu("T4", 16 << 30, (7, 5)),))
 
 
 def test_one_precision_a_role(plan: Callable[..., Plan]) -> None:
