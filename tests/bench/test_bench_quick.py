@@ -18,7 +18,7 @@ pytestmark = pytest.mark.matrix
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     work = tmp_path_factory.mktemp("bench")
-    given = cli.parser().parse_args(["--quick"])
+    given = cli.parser().parse_args(["--quick", "--dtype", "fp32"])
     return work, cli.prepare(given, cli.chosen("", 2, quick=True), {}, work, dict(os.environ))
 
 
@@ -26,7 +26,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def test_each_step_reads_the_rows_that_trl_is_given_for_it(prepared, case):
     work, made = prepared
     job = sides.Job(case=case, models=made["models"], items=made["items"].get(case.name, ()), work=work, seed=0,
-                    checkpointing=False, env=dict(os.environ))  # fmt: skip
+                    checkpointing=False, dtype="fp32", env=dict(os.environ))  # fmt: skip
     side, floor = sides.ours(job)
     tokenizer = AutoTokenizer.from_pretrained(made["models"]["model"])
     if case.packed:

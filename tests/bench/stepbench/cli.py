@@ -15,8 +15,9 @@ from typing import Any
 
 import attrs
 
+from rlhf.facts import machine
 from stepbench import environments, process, results, sides
-from stepbench.cases import FULL, QUICK, TRL, TRL_PPO, Case, cases
+from stepbench.cases import DTYPES, FULL, QUICK, TRL, TRL_PPO, Case, cases
 from stepbench.rows import COLUMNS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="gradient checkpointing on both sides, but for PPO, whose trainer has none; left out, on neither",
     )
+    add("--dtype", choices=list(DTYPES), help="of both sides; left out, bf16 where this machine is faster by it")
     add("--seed", type=int, default=0, help="of rows, their order and sampling (0)")
     add("--work", type=Path, default=Path("build/bench"), help="where environments, models and logs go (build/bench)")
     add("--output", type=Path, help="folder of results.json and results.md; left out, that of --work")
@@ -89,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 where the request was wrong; 1 where a side failed or the two did different work."""
     given = parser().parse_args(arguments)
     work: Path = given.work.resolve()
+    given.dtype = given.dtype or ("bf16" if "fast-bf16" in machine().provides else "fp32")
     try:
         wanted, data = chosen(given.only, given.steps, given.quick), data_files(given.data)
         if given.model and not (Path(given.model) / "config.json").is_file():
@@ -120,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peaks": prepared["peaks"],
         "threads": given.threads,
         "checkpointing": given.checkpointing,
+        "dtype": given.dtype,
         "model": given.model or ("a tiny model" if given.quick else "SmolLM2-135M-Instruct"),
         "versions": versions,
     }
@@ -130,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = sides.Job(
             case=case, models=prepared["models"], items=prepared["items"].get(case.name, ()), work=work,
             seed=given.seed, checkpointing=given.checkpointing and case.trainer != "ppo", env=env,
+            dtype=given.dtype,
         )  # fmt: skip
         try:
             done.append(measured(job, pythons[case.requirement]))
@@ -169,7 +174,8 @@ def prepare(given: argparse.Namespace, wanted: Sequence[Case], data: dict[str, s
     spec_path, result = work / "prepare.json", work / "prepared.json"
     spec = {
         "work": str(work), "quick": given.quick, "model": given.model and str(Path(given.model).resolve()),
-        "data": data, "seed": given.seed, "cases": {case.name: case.steps for case in wanted}, "result": str(result),
+        "data": data, "seed": given.seed, "dtype": given.dtype, "result": str(result),
+        "cases": {case.name: case.steps for case in wanted},
     }  # fmt: skip
     spec_path.write_text(json.dumps(spec), encoding="utf-8")
     path = os.pathsep.join(filter(None, [str(HERE), env.get("PYTHONPATH")]))

@@ -104,11 +104,11 @@ def endless(model: Path, folder: Path) -> None:
             (folder / name).write_text(json.dumps({**content, **ends}), encoding="utf-8")
 
 
-def reward(model: Path, folder: Path) -> None:
-    """A reward model of the same size: the model with a random scalar head, in bfloat16."""
+def reward(dtype: str, model: Path, folder: Path) -> None:
+    """A reward model of the same size: the model with a random scalar head, stored in `dtype`, a name of torch's."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(model, num_labels=1)
-    found = AutoModelForSequenceClassification.from_pretrained(model, config=config, dtype=torch.bfloat16)
+    found = AutoModelForSequenceClassification.from_pretrained(model, config=config, dtype=getattr(torch, dtype))
     found.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 

@@ -61,7 +61,7 @@ def common(spec: Mapping[str, Any]) -> dict[str, Any]:
         "max_steps": spec["steps"],
         "per_device_train_batch_size": spec["batch"],
         "learning_rate": LEARNING_RATE,
-        "bf16": True,
+        "bf16": spec["dtype"] == "bf16",
         "use_cpu": True,
         "gradient_checkpointing": spec["checkpointing"],
         "seed": spec["seed"],
@@ -105,7 +105,7 @@ def in_order(packed: Any, wanted: list[int]) -> list[int]:
 
 
 def ppo(spec: Mapping[str, Any], rows: list[dict[str, Any]], stamps: Stamps) -> tuple[Any, Counting, list[int]]:
-    """PPO with four models: the trained two in float32 under autocast, the frozen two in bfloat16, as ours are."""
+    """PPO with four models: the trained two in float32, the frozen two in the products' precision, as ours are."""
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -114,20 +114,22 @@ def ppo(spec: Mapping[str, Any], rows: list[dict[str, Any]], stamps: Stamps) -> 
     settings = common(spec)
     del settings["max_steps"]
     classifier = AutoModelForSequenceClassification.from_pretrained
+    frozen = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
     dataset = Dataset.from_list([{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows])
     trainer = PPOTrainer(
         args=PPOConfig(total_episodes=spec["steps"] * spec["batch"], **settings),
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32),
-        ref_model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.bfloat16),
+        ref_model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=frozen),
         value_model=classifier(spec["model"], num_labels=1, dtype=torch.float32),
-        reward_model=classifier(spec["reward"], num_labels=1, dtype=torch.bfloat16),
+        reward_model=classifier(spec["reward"], num_labels=1, dtype=frozen),
         train_dataset=dataset,
         eval_dataset=dataset,  # asked for, not used
         callbacks=[stamps],
     )
-    if trainer.accelerator.mixed_precision != "bf16":
-        raise SystemExit(f"PPOTrainer trains in {trainer.accelerator.mixed_precision}, not in bf16")
+    expected = "bf16" if spec["dtype"] == "bf16" else "no"
+    if trainer.accelerator.mixed_precision != expected:
+        raise SystemExit(f"PPOTrainer's mixed precision is {trainer.accelerator.mixed_precision}, not {expected}")
     counting = Counting(trainer.data_collator)
     # Its own loader shuffles and has no option that says otherwise; both sides are to see the same rows in each step.
     trainer.dataloader = DataLoader(dataset, batch_size=spec["batch"], collate_fn=counting)
@@ -152,7 +154,7 @@ def main(spec_path: str, result_path: str) -> None:
     spec = json.loads(Path(spec_path).read_text())
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     stamps = Stamps()
-    if spec["trainer"] == "ppo":
+    if spec["trainer"] == "ppo" and spec["dtype"] == "bf16":
         os.environ.update(MIXED_PRECISION)
     trainer, counting, sampled = (ppo if spec["trainer"] == "ppo" else offline)(spec, rows, stamps)
     trainer.train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlhf.data import Feed
 from rlhf.peaks import measure
 from rlhf_plugins.functional.packing import pack
 from stepbench import models, rows
-from stepbench.cases import FULL, QUICK, cases
+from stepbench.cases import DTYPES, FULL, QUICK, cases
 
 
 def main(spec_path: str) -> None:
@@ -32,7 +33,8 @@ def main(spec_path: str) -> None:
         model = models.once(work / "models" / make.__name__, make)
     key = f"{model.name}-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:8]}"  # two may be of one name
     ppo = models.once(work / "models" / f"{key}-endless", models.endless, model)
-    reward = models.once(work / "models" / f"{key}-reward", models.reward, ppo)
+    frozen = DTYPES[spec["dtype"]]
+    reward = models.once(work / "models" / f"{key}-reward-{frozen}", partial(models.reward, frozen), ppo)
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def count(text: str) -> int:

@@ -106,7 +106,7 @@ def footer(about: Mapping[str, Any]) -> str:
     checkpointing = "on" if about["checkpointing"] else "off"
     return (
         f"{about['date'][:10]}, {about['model']}, {machine}: {rates}, {memory}. "
-        f"Gradient checkpointing {checkpointing}. {versions}.\n"
+        f"Steps in {about['dtype']}, gradient checkpointing {checkpointing}. {versions}.\n"
     )
 
 

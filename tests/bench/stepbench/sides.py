@@ -28,6 +28,7 @@ class Job:
     work: Path
     seed: int
     checkpointing: bool
+    dtype: str  # bf16 or fp32
     env: Mapping[str, str]
 
     @property
@@ -45,7 +46,7 @@ def ours(job: Job) -> tuple[Side, list[float]]:
     command = [
         sys.executable, "-m", "rlhf", "run", "--algo", case.algo, "--model", job.model, "--data", job.rows(),
         "--output", str(folder), "--max-steps", str(case.total), "--batch-size", str(case.batch),
-        "--seed", str(job.seed), "--optim.learning-rate", LEARNING_RATE, "--mem", "bf16",
+        "--seed", str(job.seed), "--optim.learning-rate", LEARNING_RATE, "--mem", job.dtype,
         # nothing but the steps: one checkpoint at the very end, nothing held out, nobody listening
         "--save-every", str(case.total), "--eval-rows", "0", "--track", "none", *case.flags,
         *(("--model", f"reward={job.models['reward']}") if case.trainer == "ppo" else ()),
@@ -82,8 +83,8 @@ def trl(job: Job, python: str) -> Side:
     spec = {
         "trainer": case.trainer, "model": job.model, "reward": job.models["reward"], "rows": job.rows("-trl"),
         "output": str(job.work / "runs" / f"{case.name}-trl"), "steps": case.total, "batch": case.batch,
-        "seed": job.seed, "lora": case.lora, "checkpointing": job.checkpointing, "settings": dict(case.settings),
-        "items": list(job.items),
+        "seed": job.seed, "lora": case.lora, "checkpointing": job.checkpointing, "dtype": job.dtype,
+        "settings": dict(case.settings), "items": list(job.items),
     }  # fmt: skip
     spec_path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
     command = [python, str(Path(__file__).parent / "peer.py"), str(spec_path), str(result_path)]
