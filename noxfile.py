@@ -35,8 +35,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """What takes minutes, all of it: documented runs, combinations, several processes, the kit's runs. An hour;
-    `pytest -m matrix` is the part that every change must pass."""
+    """What takes minutes, all of it: documented runs, combinations, several processes, the kit's runs. An hour.
+    Every change must pass a part of it: `pytest -m matrix`."""
     session.install(*INSTALL)
     session.run("pytest", "-m", "matrix or matrix_full", *session.posargs)
 

@@ -49,15 +49,15 @@ class Machine:
     def cpu_bf16_rate(self) -> float:
         """The CPU's rate of bfloat16 matrix products, over float32's.
 
-        Any CPU computes in bfloat16: without instructions of its own it converts to float32 and back, at a quarter of
-        the rate (measured with AVX-512; torch 2.13). Intel's vector units take half float32's rate (measured); its
-        tiles four times, AMD's and ARM's vector units twice.
+        Any CPU computes in bfloat16: without instructions of its own it converts to float32 and back, at a fifth of
+        the rate (measured with AVX-512: a quarter to a sixth). Intel's vector units take half float32's rate
+        (measured); its tiles four times, AMD's and ARM's vector units twice.
         """
         if "amx_bf16" in self.cpu_flags:
             return 4
         if {"avx512_bf16", "bf16"} & self.cpu_flags:
             return 0.5 if self.vendor == "GenuineIntel" else 2
-        return 0.25
+        return 0.2
 
 
 def machine(world_size: int = 1) -> Machine:

@@ -16,14 +16,18 @@ def encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(int64 [P] prompt, int64 [R] steps with their separators, bool [R] True on each step's last token).
 
-    Each step is encoded by itself, so that no token belongs to two of them.
+    Each step is encoded by itself, so that no token belongs to two of them. A step that holds the separator is
+    refused: a response is cut there when it is judged, so what was learnt of the whole would say nothing.
 
     Args:
         longest: tokens that a sequence may have; None: any number.
 
     Raises:
-        RowError: it is longer, or can't be encoded.
+        RowError: it is longer, holds the separator, or can't be encoded.
     """
+    for number, step in enumerate(steps, 1):
+        if separator in step:
+            raise RowError(f"step {number} holds the separator {separator!r}")
     before = codec.prompt(prompt)
     parts = [codec.response(step + separator, prompt, end=False) for step in steps]
     response = torch.cat(parts)

@@ -179,12 +179,13 @@ def test_a_plan_names_them_and_where_they_come_from(environment: dict[str, str],
 
 
 def documented() -> list[tuple[str, str]]:
-    """(page, command) of the blocks that a reader pastes, in the docs' page of them and in their READMEs."""
+    """(page, command) of what a reader pastes, in the docs' page of them and in their READMEs."""
     pages = [ROOT / "docs" / "how-to" / "contributed.md", *sorted(CONTRIB.glob("*/README.md"))]
     found = []
     for page in pages:
         blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("rlhf run ")]
+        lines += re.findall(r"`(rlhf (?:run|plan|plugins show) [^`]+)`", page.read_text(encoding="utf-8"))
         found += [(str(page.relative_to(ROOT)), line) for line in lines]
     return found
 
@@ -195,8 +196,8 @@ def test_a_documented_command_is_accepted(environment: dict[str, str], desk: Pat
         pytest.skip("MLflow isn't installed; `nox -s contrib` installs it")
     files = {"MODEL": str(STARTER), "prompts.jsonl": str(STARTER.parent / "data" / "prompts_train.jsonl")}
     files["instructions.jsonl"] = "rows.jsonl"
-    words = [files.get(word, word) for word in command.split()[2:]]
-    done = rlhf(environment, "plan", *words, cwd=desk)
+    words = [files.get(word, word) for word in command.split()[1:]]
+    done = rlhf(environment, *(["plan", *words[1:]] if words[0] == "run" else words), cwd=desk)
     assert done.returncode == 0, f"{page}: {command}\n{done.stderr}"
 
 

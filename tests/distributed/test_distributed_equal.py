@@ -145,7 +145,7 @@ def same_metrics(one: list[dict[str, float]], two: list[dict[str, float]]) -> No
     for a, b in zip(one, two, strict=True):
         assert set(a) == set(b)
         for key in a:
-            # float32 sums in another order, over 8 steps of a rate that moves the loss: what issue asks for
+            # float32 sums in another order, over 8 steps of a rate that moves the loss
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), (a["step"], key)
 
 

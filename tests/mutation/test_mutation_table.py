@@ -23,6 +23,13 @@ def test_every_named_error_is_found_once_and_makes_python() -> None:
     assert all(mutant.source != (ROOT / mutant.file).read_text(encoding="utf-8") for mutant in found)
 
 
+def test_the_docs_say_about_how_many_there_are() -> None:
+    page = (ROOT / "docs" / "mutation.md").read_text(encoding="utf-8")
+    for what, found in (("by name", list(named.mutants())), ("by rule", list(systematic.mutants()))):
+        said = re.search(rf"\| {what} \| (\d+) \|", page)
+        assert said and int(said[1]) == pytest.approx(len(found), rel=0.05), (what, len(found))
+
+
 def test_the_tests_that_should_catch_them_exist() -> None:
     for mutant in named.mutants():
         for test in mutant.tests:

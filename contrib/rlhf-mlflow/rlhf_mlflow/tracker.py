@@ -12,6 +12,7 @@ make curves double. Models and samples stay in the run's directory, which is the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -50,22 +51,23 @@ class MLflow(Tracker):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(self.config.retries))
         beside = f"sqlite:///{directory.parent / 'mlflow.db'}"
         uri = self.config.uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
+        store = hashlib.sha256(uri.encode()).hexdigest()  # a URI may hold a password
         self._client = MlflowClient(uri)
         self._logged: dict[str, int] = {}
         kept = directory / FILE
         before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        if before.get("uri") == uri and run["first_step"]:
+        if before.get("store") == store and run["first_step"]:
             self._run: str = before["run_id"]
             self._client.update_run(self._run, status="RUNNING")
             self._logged = self._last_steps()
             return
-        if before.get("uri") == uri:  # it was killed before its first checkpoint, and this is another start
+        if before.get("store") == store:  # it was killed before its first checkpoint, and this is another start
             self._client.set_terminated(before["run_id"], "KILLED")
         plan, recipe = run["plan"], (directory / "recipe.yaml").read_text(encoding="utf-8")
         tags = {"rlhf.directory": str(directory), "rlhf.algo": plan.algo.name, "mlflow.source.name": "rlhf"}
         made = self._client.create_run(self._experiment(directory), run_name=directory.name, tags=tags)
         self._run = made.info.run_id
-        kept.write_text(json.dumps({"uri": uri, "run_id": self._run}), encoding="utf-8")
+        kept.write_text(json.dumps({"store": store, "run_id": self._run}), encoding="utf-8")
         parameters = [Param(legal(key), value[:_LONGEST]) for key, value in flatten(yaml.safe_load(recipe))]
         for at in range(0, len(parameters), _MOST):
             self._client.log_batch(self._run, params=parameters[at : at + _MOST])

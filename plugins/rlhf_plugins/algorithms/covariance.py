@@ -4,8 +4,8 @@
     clip: of the tokens with low < cov < high so many as `share` of all, drawn at random, have no gradient
     kl:   so many with the highest cov have coef |log pi - log pi_old| added to their loss; no ratio is clipped
 
-At least one token is held, as in the authors' code. What is drawn goes by the seed, the step and where a token stands,
-so it is the same however the step is cut over ranks and micro-batches.
+At least one token is held where any may be, as in the authors' code. What is drawn goes by the seed, the step and where
+a token stands, so it is the same however the step is cut over ranks and micro-batches.
 
 Otherwise than in their code: all of an optimiser step is looked at, not a micro-batch; and a token may be drawn that
 the ratio's clip takes the gradient from.

@@ -43,7 +43,7 @@ class ILQL(Algorithm):
         config = self.config
         policy, value, q1, q2, t1, t2 = score.together(batch, *_ROLES)
         v, target = value.values, torch.minimum(t1.values, t2.values).detach()  # [N], reward units
-        goal = q_targets(batch["reward"].to(v.dtype), v, batch.lengths, config.gamma, batch.mask)
+        goal = q_targets(batch["reward"].to(v.dtype), v, batch.lengths.to(v.device), config.gamma, batch.mask)
         q_loss = token_mean((q1.values - goal).square() + (q2.values - goal).square(), batch)
         v_loss = token_mean(expectile_loss(target, v, config.tau), batch)
         cql = token_mean(-q1.logp - q2.logp, batch)

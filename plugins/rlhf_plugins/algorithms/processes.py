@@ -15,6 +15,14 @@ class PRMConfig:
 
     separator: str = option("\n", help="text that closes a step; the step's score is read behind it")
 
+    def __attrs_post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: the separator is empty.
+        """
+        if not self.separator:
+            raise ValueError("separator is empty, so no response could be cut at it")
+
 
 def entries() -> Iterable[AlgorithmEntry]:
     """All of them."""

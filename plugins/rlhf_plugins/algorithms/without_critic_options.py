@@ -94,7 +94,9 @@ class GRPOConfig(GroupConfig):
         "are pulled back to where they were, and no ratio is clipped",
         source="Clip-Cov and KL-Cov, Cui et al. 2025", choices=("none", "clip", "kl"),
     )  # fmt: skip
-    covariance_share: float = option(2e-4, help="of all tokens, those that are held back; one at least", gt=0, le=1)
+    covariance_share: float = option(
+        2e-4, help="of all tokens, those that are held back; one at least, where any may be", gt=0, le=1
+    )
     covariance_low: float = option(1.0, help="covariance clip: those above it may be drawn", source=_COVARIANCE)
     covariance_high: float = option(5.0, help="covariance clip: those below it", source=_COVARIANCE)
     covariance_coef: float = option(

@@ -5,13 +5,11 @@ What a server says may hold what it was sent, so the token is taken out of every
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from rlhf.api import Problem, RequestError
 from rlhf_plugins.engines.exchange import Address, Reply, exchange
 
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -86,9 +84,9 @@ class Asker:
         """What each gives, in order; as many at once as `concurrency` says. See `every`."""
         return every(work, self._concurrency, self.over)
 
-    def clean(self, text: str) -> str:
-        """One line, without the token."""
-        return " ".join((text.replace(self._token, "***") if self._token else text).split())
+    def clean(self, text: str, most: int | None = None) -> str:
+        """One line without the token, of so many characters at most: cut after, since half a token is one too."""
+        return " ".join((text.replace(self._token, "***") if self._token else text).split())[:most]
 
     def look(self, path: str, seconds: float) -> Reply:
         """A GET, once, whatever its status.
@@ -113,7 +111,7 @@ class Asker:
     def _content(self, reply: Reply) -> bytes:
         if reply.status == 200:
             return reply.body
-        why = self.clean(f"{self.to} answers {reply.status}: {reply.body[:500].decode(errors='replace')}")
+        why = f"{self.to} answers {reply.status}: {self.clean(reply.body.decode(errors='replace'), 500)}"
         if reply.status in AGAIN:
             pause = reply.headers.get("retry-after", "")
             raise Unusable(why, float(pause) if pause.isascii() and pause.isdigit() else 0.0)
@@ -159,16 +157,3 @@ def every(work: Sequence[Callable[[], T]], concurrency: int, over: threading.Eve
     if failed:
         raise failed[min(list(failed))]
     return found
-
-
-def token_in(variable: str) -> str:
-    """The token in an environment variable; empty where it isn't set.
-
-    Raises:
-        RequestError: it holds what can't be sent.
-    """
-    token = os.environ.get(variable, "")
-    if not (token.isascii() and token.isprintable()):
-        what = f"the environment variable {variable} holds no token"
-        raise RequestError(Problem(what, "it is one line of plain letters"))
-    return token

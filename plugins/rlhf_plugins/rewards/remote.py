@@ -48,11 +48,10 @@ def token_for(config: Any, flag: str, *, needed: bool = True) -> str:
     Raises:
         RequestError: there is none, or the file can be read by others.
     """
-    from rlhf_plugins.engines.asking import token_in
-    from rlhf_plugins.engines.vllm.secret import read_token
+    from rlhf_plugins.tokens import token_in, token_in_file
 
     if getattr(config, "token_file", None):
-        return read_token(Path(config.token_file).expanduser())
+        return token_in_file(Path(config.token_file).expanduser(), "write the server's token into it")
     if not config.token_env:
         return ""
     token = token_in(config.token_env)

@@ -49,6 +49,13 @@ def test_a_step_is_closed_by_the_separator_and_read_behind_it() -> None:
         encode(LETTERS, "why", ["ab"], ";;", 6)
 
 
+def test_a_step_that_would_be_cut_when_it_is_judged_is_refused() -> None:
+    with pytest.raises(RowError, match=r"step 2 holds the separator ';;'"):
+        encode(LETTERS, "why", ["ab", "c;;d"], ";;", None)
+    with pytest.raises(ValueError, match="separator is empty"):
+        PRMConfig(separator="")
+
+
 def test_a_response_is_cut_into_its_steps() -> None:
     assert split("1 + 1 = 2\n\n so 2\n", "\n") == ["1 + 1 = 2", " so 2"]
     assert split(" \n", "\n") == [] and split("all", "\n") == ["all"]

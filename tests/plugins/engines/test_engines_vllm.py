@@ -91,7 +91,7 @@ def check_gaps(ranks: list[dict[str, Any]], way: str) -> None:
         assert [step["version"] for step in found["steps"]] == [0, 1, 2, 3, 4, 5]
     for steps in zip(*(found["steps"] for found in ranks), strict=True):
         assert sum(step["tokens"] for step in steps) >= 1000
-        # float32 products summed in another order: measured 2e-5 on 135M weights; the issue's own bound
+        # float32 products summed in another order: measured 2e-5 on 135M weights
         assert max(step["largest"] for step in steps) < 1e-4
 
 

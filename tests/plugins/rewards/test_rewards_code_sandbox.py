@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,14 +40,12 @@ def readable_python() -> str | None:
 
 @pytest.fixture(scope="module", params=["isolated", pytest.param("plain", marks=pytest.mark.matrix_full)])
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
-    """With namespaces, where this machine permits them, and without."""
+    """With namespaces, where this machine permits them, and without: where it doesn't, both are without."""
     found = Sandbox(QUICK, isolate=request.param == "isolated", python=readable_python())
     try:
-        isolated, why = found.isolated()
+        found.isolated()
     except OSError as error:
         pytest.skip(f"programs can't be run so here: {error}")
-    if request.param == "isolated" and not isolated:
-        pytest.skip(f"this machine permits no namespaces: {why}")
     return found
 
 
@@ -210,11 +209,13 @@ def test_isolated_it_sees_no_network_no_process_and_no_file_of_ours(
     secret = tmp_path / "answers.jsonl"
     secret.write_text("42")
     tmp_path.chmod(0o777)
+    listening = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listening.getsockname(), 1):  # we can
+        pass
     program = f"""
 import os, socket
 for try_it in (
-    lambda: socket.create_connection(("127.0.0.1", 9), 1),
-    lambda: socket.create_connection(("1.1.1.1", 53), 1),
+    lambda: socket.create_connection({listening.getsockname()!r}, 1),
     lambda: open({str(secret)!r}),
     lambda: open("/proc/self/environ"),
     lambda: os.kill({os.getpid()}, 0),
@@ -228,7 +229,8 @@ for try_it in (
         pass
 print(os.getpid() < 10)
 """
-    assert judge(program, output("True")) == "passed"
+    with listening:
+        assert judge(program, output("True")) == "passed"
 
 
 def test_a_grandchild_in_a_session_of_its_own_ends_with_it(judge: Judge) -> None:
@@ -288,7 +290,8 @@ CHEATS = [
 @pytest.mark.parametrize("program", CHEATS)
 def test_a_cheat_does_not_pass(sandbox: Sandbox, program: str) -> None:
     (case,) = read(TEST)
-    assert sandbox.verdict(program, case).what != "passed"
+    assert sandbox.verdict(RIGHT, case) == Verdict("passed")
+    assert sandbox.verdict(program, case).what in ("failed", "late")  # not "none": the program is to blame
 
 
 BESIDE = [

@@ -215,6 +215,27 @@ def test_a_token_is_sent_and_never_told(
     assert server.authorised == [f"Bearer {TOKEN}"] * 4
 
 
+@pytest.mark.parametrize("before", [60, 190, 290, 490])
+def test_of_a_token_that_a_message_is_cut_in_nothing_is_left(
+    serve: Serve, connect: Any, rollouts: Rolled, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    """A cut at so many characters, made before the token is taken out, would leave its first letters."""
+    monkeypatch.setenv("HUSH", TOKEN)
+    text = "x" * before + TOKEN
+    said = [(200, {"scores": [{"error": text}]}), (200, {"scores": [text]}), (200, {"scores": [{"score": 1, "parts":
+            {text: 1}}]}), (200, text), (400, text), (503, text)]  # fmt: skip
+    messages = []
+    for one in said:
+        reward = connect(serve(one).url, token_env="HUSH", retries=0)
+        try:
+            messages.append(str(judge(reward, rollouts(["a"]))))
+        except RunError as error:
+            messages.append(str(error))
+    assert len(messages) == len(said)
+    for message in messages:
+        assert "xxx" in message and TOKEN[:4] not in message, message
+
+
 def test_a_token_that_is_not_there_or_not_safe_is_refused(
     connect: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -32,8 +32,9 @@ from rlhf.api import (
     Sequences,
     State,
 )
-from rlhf_plugins.engines.asking import Asker, Refused, Unusable, token_in
+from rlhf_plugins.engines.asking import Asker, Refused, Unusable
 from rlhf_plugins.engines.exchange import address_of
+from rlhf_plugins.tokens import token_in
 
 
 @attrs.frozen
@@ -156,10 +157,10 @@ class Endpoint(Engine):
             (choice,) = json.loads(body)["choices"]
             text, reason = choice["text"], choice["finish_reason"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            said = self._asker.clean(body[:200].decode(errors="replace"))
+            said = self._asker.clean(body.decode(errors="replace"), 200)
             raise Unusable(f"{self._to} gives no completion: {said}") from error
         if not isinstance(text, str):
             raise Unusable(f"{self._to} gives no text")
         if reason not in ("stop", "length"):
-            raise Unusable(self._asker.clean(f"{self._to} ended it by {str(reason)[:80]!r}"))
+            raise Unusable(f"{self._to} ended it by {self._asker.clean(str(reason), 80)!r}")
         return _Text(text, reason == "stop")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhf.api import Problem, RequestError
+from rlhf_plugins.tokens import token_in_file
 
 
 def token_of(path: Path) -> str:
@@ -35,17 +36,7 @@ def read_token(path: Path) -> str:
     Raises:
         RequestError: it isn't, or others can read it, or it is too short.
     """
-    try:
-        mode, token = path.stat().st_mode, path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(Problem(f"token file {path}: {error}", "copy the one that the server wrote")) from error
-    if mode & 0o077:
-        raise RequestError(Problem(f"token file {path} can be read by others", f"chmod 600 {path}"))
-    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-        raise RequestError(
-            Problem(f"token file {path} holds no token of 16 letters or more", "delete it, and one is made")
-        )
-    return token
+    return token_in_file(path, "copy the one that the server wrote", least=16)
 
 
 def token_from(path: str | None, variable: str = "RLHF_ENGINE_TOKEN") -> str:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,20 +96,18 @@ class Sandbox:
         *,
         python: str | None = None,
         isolate: bool = True,
-        hide: Sequence[str] = (),
         over: threading.Event | None = None,
     ) -> None:
         """
         Args:
             python: the interpreter; left out, the one that this one is made of, without what is installed in it.
             isolate: try to give programs namespaces of their own.
-            hide: folders that they must not see.
             over: set when nobody waits any more.
         """
         self._limits = limits
         self._python = python or getattr(sys, "_base_executable", "") or sys.executable
         self._isolate = isolate and sys.platform == "linux"
-        self._hide = _hidden(hide)
+        self._hide = _hidden()
         self._over = over or threading.Event()
         self._others: int | None = None
 
@@ -186,6 +184,7 @@ class Sandbox:
 
     def _ended(self, program: str, case: Case, secret: str, folder: str, given: int) -> _Ran:
         """Start it, wait, and sweep up."""
+        others = 0 if self._isolate else self._count_others()  # in a namespace of its own it has none
         told, report = os.pipe()
         try:
             process = subprocess.Popen(
@@ -220,7 +219,7 @@ class Sandbox:
             "hide": self._hide,
             "bytes": self._limits.disk,
             "limits": self._limits.of_system(),
-            "others": self._count_others(),
+            "others": others,
         }
         try:
             return self._watch(process, told, (json.dumps(asked) + "\n").encode())
@@ -297,10 +296,10 @@ def _why(ran: _Ran) -> str:
     return f"the process for programs ended before it began: {said[-1] if said else f'exit code {ran.code}'}"
 
 
-def _hidden(more: Sequence[str]) -> list[str]:
-    """Folders out of sight: homes, where temporary files are, where this process is, what is named. Never the
-    system's own, without which no program runs."""
-    wanted = [*_HIDDEN, os.path.expanduser("~"), os.getcwd(), *more]
+def _hidden() -> list[str]:
+    """Folders out of sight: homes, where temporary files are, where this process is. Never the system's own, without
+    which no program runs."""
+    wanted = [*_HIDDEN, os.path.expanduser("~"), os.getcwd()]
     folders = dict.fromkeys(os.path.realpath(folder) for folder in wanted)
     return [
         folder

@@ -72,14 +72,14 @@ def _one(item: Any, i: int) -> Scored | Unscored:
         raise ValueError(f"score {i}: its parts are no object of {_MOST_PARTS} names at most")
     for name in parts:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"score {i}: a part is called {name[:80]!r}, not by letters, digits, _ . and -")
+            raise ValueError(f"score {i}: a part is called {name!r}, not by letters, digits, _ . and -")
     found = {name: _number(value, f"score {i}, part {name}") for name, value in parts.items()}
     return Scored(_number(item.get("score"), f"score {i}"), found)
 
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{what} is {str(value)[:80]!r}, not a number")
+        raise ValueError(f"{what} is {str(value)!r}, not a number")
     try:
         number = float(value)
     except OverflowError:

@@ -105,8 +105,8 @@ class HTTPReward(Reward):
             try:
                 return protocol.answer(content, count)
             except ValueError as error:
-                said = asker.clean(content[:200].decode(errors="replace"))
-                raise ValueError(f"answers with {error}; it says: {said}") from None
+                said = asker.clean(content.decode(errors="replace"), 200)
+                raise ValueError(f"answers with {asker.clean(str(error), 300)}; it says: {said}") from None
 
         found = asker.ask("" if self._to.path else "/", body, read, f"{self.context.seed} {len(body)}")
-        return [Unscored(asker.clean(one.why[:500])) if isinstance(one, Unscored) else one for one in found]
+        return [Unscored(asker.clean(one.why, 500)) if isinstance(one, Unscored) else one for one in found]

@@ -67,6 +67,7 @@ class Judge(Reward):
         self._who = f"reward {self._label!r} ({config.model} at {self._to})"
         try:
             self._template, self._rubric = questions.template_of(config), questions.rubric_of(config)
+            self._columns = questions.columns(config)
         except ValueError as error:  # it has changed since the plan
             raise RequestError(Problem(f"--reward {self._label}: {error}")) from error
         self._asker = Asker(
@@ -82,7 +83,7 @@ class Judge(Reward):
         Raises:
             RowError: a column that the judge is to see is neither text nor a number.
         """
-        for name in questions.columns(self.config):
+        for name in self._columns:
             value = row.extra.get(name)
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise RowError(f"column {name!r} must hold text or a number, not a {type(value).__name__}")
@@ -186,7 +187,7 @@ class Judge(Reward):
                 continue
             self._known[key] = self._read(answer)
             if self._known[key] is None:
-                tail = self._asker.clean(answer[-_TAIL:])
+                tail = self._asker.clean(answer)[-_TAIL:]
                 failed[key] = Failed(f"the judge's answer ends with no verdict: {tail!r}")
         for key in keys:
             self._count("unparsed", self._known.get(key, 0.0) is None)
@@ -205,7 +206,7 @@ class Judge(Reward):
                 (choice,) = json.loads(content)["choices"]
                 text = choice["message"]["content"]
             except (ValueError, LookupError, TypeError, RecursionError) as error:
-                said = self._asker.clean(content[:200].decode(errors="replace"))
+                said = self._asker.clean(content.decode(errors="replace"), 200)
                 raise Unusable(f"{self._to} gives no answer: {said}") from error
             return text if isinstance(text, str) else ""
 

@@ -26,6 +26,7 @@ def main() -> None:
     judge({"gold": "1/2", "text": "$0.5$", "boxed": None})  # sympy imports much on first use
     out.write("{}\n")  # ready
     out.flush()
+    os.dup2(1, 2)  # nobody reads it from here on, and a full pipe would stop this process
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin.buffer:
         asked = json.loads(line)
