@@ -20,7 +20,9 @@ GROUPS = {
     "rlhf.errors": ("Errors", ""),
     "rlhf.component": ("Components", "What all implementations have, and what they are given."),
     "rlhf.interfaces": ("Implementations", "What the class behind an entry derives from."),
-    "rlhf.sequences": ("What flows through a step", "B counts sequences, N their response tokens; `[N]` is flat."),
+    "rlhf.sequences": ("Sequences and rollouts", "B counts sequences, N their response tokens; `[N]` is flat."),
+    "rlhf.experience": ("Experience and batches", "What is learnt from, and the means that a loss is made of."),
+    "rlhf.scores": ("Scores", "What a model says of sequences, and how it is asked."),
     "rlhf.mixture": ("Completions", "For algorithms that learn them."),
     "rlhf.planning.footprint": (
         "What a component takes",

@@ -3,7 +3,8 @@ names that need it are loaded when asked for.
 
 In an entry module (light): `hookimpl`, `option`, the `...Entry` types, `Role`, `Problem`, the row types; for
 constraints `Plan` with its `PlannedComponent`s and `RolePlan`s.
-In an implementation: the classes of `rlhf.interfaces` and the tensors of `rlhf.sequences`.
+In an implementation: the classes of `rlhf.interfaces`, and what they hand on: `rlhf.sequences`, `rlhf.experience`,
+`rlhf.scores`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,16 @@ from rlhf.schedules import schedule
 
 if TYPE_CHECKING:
     from rlhf.checkpoint import Piece, Spread
+    from rlhf.experience import (
+        Batch,
+        Experience,
+        Totals,
+        group_mean,
+        policy_mean,
+        sequence_mean,
+        sequence_sum,
+        token_mean,
+    )
     from rlhf.interfaces import (
         Algorithm,
         Backend,
@@ -84,27 +95,8 @@ if TYPE_CHECKING:
     from rlhf.metrics import MetricSink
     from rlhf.mixture import completion_example
     from rlhf.scaling import LossScaler
-    from rlhf.sequences import (
-        Batch,
-        Comparison,
-        Divergence,
-        Example,
-        Experience,
-        Generation,
-        LogitSource,
-        Prompt,
-        Rollouts,
-        Sample,
-        ScoreRequest,
-        Scores,
-        Sequences,
-        Totals,
-        group_mean,
-        policy_mean,
-        sequence_mean,
-        sequence_sum,
-        token_mean,
-    )
+    from rlhf.scores import Comparison, Divergence, LogitSource, ScoreRequest, Scores
+    from rlhf.sequences import Example, Generation, Prompt, Rollouts, Sample, Sequences
     from rlhf.world import World, join
 
 _LAZY = {
@@ -119,14 +111,14 @@ _LAZY = {
     "LossScaler": "rlhf.scaling",
     "completion_example": "rlhf.mixture",
     "MetricSink": "rlhf.metrics",
+    **dict.fromkeys(("Example", "Generation", "Prompt", "Rollouts", "Sample", "Sequences"), "rlhf.sequences"),
     **dict.fromkeys(
         (
-            "Batch", "Comparison", "Divergence", "Example", "Experience", "Generation", "LogitSource", "Prompt",
-            "Rollouts", "Sample", "ScoreRequest", "Scores", "Sequences",
-            "Totals", "group_mean", "policy_mean", "sequence_mean", "sequence_sum", "token_mean",
+            "Batch", "Experience", "Totals", "group_mean", "policy_mean", "sequence_mean", "sequence_sum", "token_mean",
         ),
-        "rlhf.sequences",
+        "rlhf.experience",
     ),
+    **dict.fromkeys(("Comparison", "Divergence", "LogitSource", "ScoreRequest", "Scores"), "rlhf.scores"),
     **dict.fromkeys(("World", "join"), "rlhf.world"),
     **dict.fromkeys(("Piece", "Spread"), "rlhf.checkpoint"),
 }  # fmt: skip

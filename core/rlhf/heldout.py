@@ -6,13 +6,14 @@ import attrs
 import torch
 
 from rlhf.data import derive
+from rlhf.experience import Experience
 from rlhf.metrics import MetricSink
 from rlhf.micro import add_up, micro_batches, totals_of
 from rlhf.models import weight_stream
 from rlhf.parts import Parts, reseed
 from rlhf.rollouts import describe
 from rlhf.scoring import Scorer
-from rlhf.sequences import Experience, Sample
+from rlhf.sequences import Sample
 
 
 def evaluate(parts: Parts, version: int = 0) -> dict[str, float]:

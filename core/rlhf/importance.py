@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import RunError
-from rlhf.sequences import Experience, Rollouts, Sequences
+from rlhf.experience import Experience
+from rlhf.sequences import Rollouts, Sequences
 from rlhf.world import World
 
 

@@ -19,24 +19,12 @@ from rlhf.component import Component, Launcher
 from rlhf.component import Context as Context
 from rlhf.entries import Head
 from rlhf.errors import RequestError, RowError
+from rlhf.experience import Batch, Experience
 from rlhf.floor import ModelShape
 from rlhf.rows import Message
 from rlhf.scaling import LossScaler
-from rlhf.sequences import (
-    Batch,
-    Comparison,
-    Divergence,
-    Example,
-    Experience,
-    Generation,
-    LogitSource,
-    Prompt,
-    Rollouts,
-    Sample,
-    ScoreRequest,
-    Scores,
-    Sequences,
-)
+from rlhf.scores import Comparison, Divergence, LogitSource, ScoreRequest, Scores
+from rlhf.sequences import Example, Generation, Prompt, Rollouts, Sample, Sequences
 from rlhf.world import World
 
 State = dict[str, Any]
@@ -60,7 +48,7 @@ class Score(Protocol):
         with a module of its own, over the whole vocabulary. In `loss` with the gradient of the role.
 
         Args:
-            kind: `rlhf.sequences.Divergence`, of `role` from `other`.
+            kind: `rlhf.scores.Divergence`, of `role` from `other`.
             beta: of `js`, between 0 and 1.
             temperature: divides the logits of both; that of sampling plays no part.
         """

@@ -24,6 +24,7 @@ import torch
 from rlhf import checkpoint, signals
 from rlhf.data import derive
 from rlhf.errors import Interrupted, RunError
+from rlhf.experience import Batch, Experience
 from rlhf.floor import Peaks
 from rlhf.heldout import evaluate
 from rlhf.interfaces import Algorithm, State
@@ -36,7 +37,7 @@ from rlhf.rounds import Rounds
 from rlhf.rundir import RunDirectory
 from rlhf.saved import whole
 from rlhf.scoring import Ahead, Scorer
-from rlhf.sequences import Batch, Experience, Rollouts
+from rlhf.sequences import Rollouts
 from rlhf.timeline import Timeline
 
 _SAMPLES_A_STEP = 4

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.experience import Batch, Experience, Totals
 from rlhf.interfaces import Backend
 from rlhf.scoring import cut
-from rlhf.sequences import Batch, Experience, Sequences, Totals
+from rlhf.sequences import Sequences
 from rlhf.world import World
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from rlhf.data import Feed, Rows, derive
 from rlhf.errors import RunError
+from rlhf.experience import Batch, Experience, token_mean
 from rlhf.interfaces import Algorithm, Backend, Codec, Context, Score, State
 from rlhf.micro import micro_batches, totals_of
 from rlhf.offline import OfflineData
 from rlhf.rows import CompletionRow
-from rlhf.sequences import Batch, Example, Experience, Sequences, token_mean
+from rlhf.sequences import Example, Sequences
 from rlhf.world import World
 
 MicroBatch = tuple[Batch, float, bool]

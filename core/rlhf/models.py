@@ -30,7 +30,8 @@ from rlhf.interfaces import (
 )
 from rlhf.plan import Plan, RolePlan
 from rlhf.registry import resolve
-from rlhf.sequences import LogitSource, ScoreRequest, Scores, Sequences
+from rlhf.scores import LogitSource, ScoreRequest, Scores
+from rlhf.sequences import Sequences
 
 
 class Container(nn.Module):

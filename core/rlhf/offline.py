@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf.data import Rows
+from rlhf.experience import Experience
 from rlhf.interfaces import Algorithm, Score, State
-from rlhf.sequences import Example, Experience, Sequences
+from rlhf.sequences import Example, Sequences
 from rlhf.shares import share
 from rlhf.world import ALONE, World
 

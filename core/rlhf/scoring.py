@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import RunError
+from rlhf.experience import Experience
 from rlhf.floor import Ledger
 from rlhf.importance import OffPolicy
 from rlhf.interfaces import Engine, LogProbs
 from rlhf.models import Models
-from rlhf.sequences import (
-    Comparison,
-    Divergence,
-    Experience,
-    Rollouts,
-    ScoreRequest,
-    Scores,
-    Sequences,
-    join_scores,
-)
+from rlhf.scores import Comparison, Divergence, ScoreRequest, Scores, join_scores
+from rlhf.sequences import Rollouts, Sequences
 
 
 class Scorer:

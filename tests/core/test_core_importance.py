@@ -15,20 +15,14 @@ from torch import Tensor
 from built import rollouts_of
 from fake_ranks import in_two_ranks
 from rlhf.errors import RunError
+from rlhf.experience import Batch, Experience, Totals, policy_mean, token_mean
 from rlhf.importance import OffPolicy, importance_weights
-from rlhf.interfaces import Context, Engine, LogProbs, World
+from rlhf.interfaces import Context, Engine, LogProbs
 from rlhf.plan import Plan
+from rlhf.scores import ScoreRequest, Scores
 from rlhf.scoring import Scorer
-from rlhf.sequences import (
-    Batch,
-    Experience,
-    ScoreRequest,
-    Scores,
-    Sequences,
-    Totals,
-    policy_mean,
-    token_mean,
-)
+from rlhf.sequences import Sequences
+from rlhf.world import World
 from rlhf_plugins.algorithms import PPOConfig
 from rlhf_plugins.algorithms.ppo import PPO
 

@@ -17,15 +17,13 @@ from rlhf import facts, legality
 from rlhf.assemble import assemble
 from rlhf.compose import compose
 from rlhf.errors import RequestError, RunError
+from rlhf.experience import token_mean
 from rlhf.interfaces import LogProbs
 from rlhf.loop import Loop, resume_from
 from rlhf.parts import Parts
 from rlhf.recipe import from_mapping
 from rlhf.registry import loaded
 from rlhf.rundir import RunDirectory
-from rlhf.sequences import (
-    token_mean,
-)
 from rlhf_plugins.engines.hf import HFEngine
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fake_ranks import in_two_ranks
+from rlhf.experience import Experience
 from rlhf.interfaces import Backend
 from rlhf.micro import Units, add_up, micro_batches, totals_of
-from rlhf.sequences import Experience, Sequences
+from rlhf.sequences import Sequences
 from rlhf.world import World
 
 

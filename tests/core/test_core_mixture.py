@@ -16,6 +16,7 @@ from at_work import Run, plan_of
 from fake_ranks import in_two_ranks
 from rlhf.data import Refusals, Rows
 from rlhf.errors import RequestError, RunError
+from rlhf.experience import Batch, Experience, Totals
 from rlhf.floor import Peaks
 from rlhf.loop import Parts
 from rlhf.mixture import Mixture, completion_example
@@ -28,7 +29,8 @@ from rlhf.planning.text import describe
 from rlhf.recipe import from_mapping
 from rlhf.registry import loaded
 from rlhf.rows import CompletionRow
-from rlhf.sequences import Batch, Example, Experience, ScoreRequest, Scores, Sequences, Totals
+from rlhf.scores import ScoreRequest, Scores
+from rlhf.sequences import Example, Sequences
 from rlhf.suggest import command
 from rlhf.world import ALONE, World
 

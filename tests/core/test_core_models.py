@@ -11,11 +11,14 @@ from torch import Tensor
 
 from built import parts_of, some
 from fake_ranks import in_two_ranks
-from rlhf.interfaces import Algorithm, StepResult, World
+from rlhf.experience import Batch, Experience, token_mean
+from rlhf.interfaces import Algorithm, StepResult
 from rlhf.loop import Loop, Parts
 from rlhf.metrics import MetricSink
+from rlhf.scores import ScoreRequest
 from rlhf.scoring import Scorer
-from rlhf.sequences import Batch, Experience, ScoreRequest, Sequences, token_mean
+from rlhf.sequences import Sequences
+from rlhf.world import World
 from rlhf_plugins.policies.hf import HFPolicy
 
 

@@ -10,9 +10,10 @@ import torch
 
 from fake_ranks import in_two_ranks
 from rlhf.data import Refusals, Rows
+from rlhf.experience import Experience
 from rlhf.interfaces import Algorithm, Score, State
 from rlhf.offline import OfflineData
-from rlhf.sequences import Example, Experience
+from rlhf.sequences import Example
 from rlhf.world import World
 
 NO_SCORE = cast(Score, None)

@@ -10,13 +10,13 @@ import torch
 
 from built import parts_of, rollouts_of, some
 from rlhf.errors import RunError
+from rlhf.experience import Batch, Experience, Totals
 from rlhf.interfaces import Context, Engine, LogProbs
 from rlhf.loop import Loop
 from rlhf.parts import Parts
 from rlhf.plan import Plan
 from rlhf.rundir import RunDirectory
 from rlhf.scoring import Ahead, Scorer
-from rlhf.sequences import Batch, Experience, Totals
 from rlhf.world import World
 
 

@@ -8,24 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf.experience import Batch, Experience, Totals, group_mean, sequence_mean, sequence_sum, token_mean
+from rlhf.scores import ScoreRequest, Scores, join_scores
 from rlhf.scoring import cut
-from rlhf.sequences import (
-    Batch,
-    Experience,
-    Generation,
-    Prompt,
-    Rollouts,
-    Sample,
-    ScoreRequest,
-    Scores,
-    Sequences,
-    Totals,
-    group_mean,
-    join_scores,
-    sequence_mean,
-    sequence_sum,
-    token_mean,
-)
+from rlhf.sequences import Generation, Prompt, Rollouts, Sample, Sequences
 
 
 def ids(*numbers: int) -> Tensor:

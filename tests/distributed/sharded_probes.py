@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from rlhf.parts import Parts
-from rlhf.sequences import ScoreRequest, Sequences
+from rlhf.scores import ScoreRequest
+from rlhf.sequences import Sequences
 
 
 def _some(count: int = 4) -> Sequences:

@@ -14,11 +14,12 @@ from torch import Tensor
 from rlhf import facts
 from rlhf.assemble import assemble
 from rlhf.compose import compose
+from rlhf.experience import Experience
 from rlhf.loop import Loop
 from rlhf.recipe import from_mapping
 from rlhf.registry import loaded
 from rlhf.rundir import RunDirectory
-from rlhf.sequences import Experience, Rollouts
+from rlhf.sequences import Rollouts
 from rlhf_plugins.algorithms import ppo
 
 

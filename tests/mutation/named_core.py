@@ -20,12 +20,25 @@ MICRO = f"{T}/test_core_micro.py"
 SHARED_BASE = "tests/plugins/memory/test_memory_shared_base.py"
 
 SEQUENCES = (
+    ("selected rollouts take the first ones' places", "weights of others", "places=self.places[rows],",
+     "places=self.places[: len(rows)],", IMPORTANCE),
+    ("tokens are counted with the masked ones", "the step's total is too large",
+     "return int(self.mask.sum())", "return len(self.mask)"),
+    ("selected rows keep other groups", "pairs of other rows", "self.group[rows],", "self.group[: len(rows)],"),
+    ("selected rows keep other masks", "the first rows' masks", "self.mask[index],", "self.mask[: len(index)],"),
+    ("selected rows have other prompts", "prompts in the order of their first use",
+     "            new_of,\n", "            new_of.flip(0),\n"),
+    ("those cut off count as ended", "the flag upside down", 'reason == "stop" for reason',
+     'reason == "length" for reason'),
+    ("masks put on the response before", "off by one", "mask[start : start + length] = own",
+     "mask[max(start - 1, 0) : max(start - 1, 0) + length] = own"),
+)  # fmt: skip
+
+EXPERIENCE = (
     ("policy mean: the weights are left out", "the engine's samples count as the policy's",
      "token_mean(x * batch.importance, batch)", "token_mean(x, batch)", IMPORTANCE),
     ("policy mean: divides by the weights' sum", "another estimator", "token_mean(x * batch.importance, batch)",
      "token_mean(x * batch.importance / batch.importance.mean(), batch)", IMPORTANCE),
-    ("selected rollouts take the first ones' places", "weights of others", "places=self.places[rows],",
-     "places=self.places[: len(rows)],", IMPORTANCE),
     ("selected experience takes the first ones' places", "weights of others",
      "None if self.places is None else self.places[rows]", "self.places", IMPORTANCE),
     ("token mean: over the micro-batch", "parts don't add up to the mean",
@@ -46,28 +59,21 @@ SEQUENCES = (
      "max(batch.sequences.group_count, 1)"),
     ("sequence sum: mask dropped", "a user's turns in DPO's log-ratio",
      "masked = torch.where(of.sequences.mask.to(x.device), x, torch.zeros_like(x))", "masked = x"),
-    ("tokens are counted with the masked ones", "the step's total is too large",
-     "return int(self.mask.sum())", "return len(self.mask)"),
-    ("selected rows keep other groups", "pairs of other rows", "self.group[rows],", "self.group[: len(rows)],"),
-    ("selected rows keep other masks", "the first rows' masks", "self.mask[index],", "self.mask[: len(index)],"),
-    ("selected rows have other prompts", "prompts in the order of their first use",
-     "            new_of,\n", "            new_of.flip(0),\n"),
     ("a minibatch forgets its temperature", "ratios of another distribution", "part.temperature = self.temperature",
      "pass"),
     ("experience forgets its temperature", "ratios of another distribution",
      "self.temperature: float = 1.0 if isinstance(of, Sequences) else of.temperature", "self.temperature: float = 1.0"),
-    ("those cut off count as ended", "the flag upside down", 'reason == "stop" for reason',
-     'reason == "length" for reason'),
-    ("parts of scores joined in the order computed", "old log-probs of other rows",
-     "whole[of.token_index(rows)] =", "whole[of.token_index(rows).sort().values] ="),
     ("a logged part keeps its graph", "memory grows", "+ part.detach().float().cpu()", "+ part.float().cpu()"),
     ("a logged part replaces the one before", "metrics of the last call",
      "self.logged.get(name, torch.zeros(())) + part", "part"),
-    ("masks put on the response before", "off by one", "mask[start : start + length] = own",
-     "mask[max(start - 1, 0) : max(start - 1, 0) + length] = own"),
     ("a field per response spread over the wrong tokens", "by place, not by row",
      "torch.repeat_interleave(value, self.lengths.to(value.device))",
      "value.repeat(self.lengths.sum())[: self.lengths.sum()]"),
+)  # fmt: skip
+
+SCORES = (
+    ("parts of scores joined in the order computed", "old log-probs of other rows",
+     "whole[of.token_index(rows)] =", "whole[of.token_index(rows).sort().values] ="),
 )  # fmt: skip
 
 MODELS = (
@@ -382,6 +388,8 @@ TABLES = (
     ),
     (f"{C}/timeline.py", (TIMELINE_TESTS,), TIMELINE),
     (f"{C}/sequences.py", (f"{T}/test_core_sequences.py",), SEQUENCES),
+    (f"{C}/experience.py", (f"{T}/test_core_sequences.py",), EXPERIENCE),
+    (f"{C}/scores.py", (f"{T}/test_core_sequences.py",), SCORES),
     (f"{C}/models.py", (f"{T}/test_core_models.py",), MODELS),
     (f"{C}/scoring.py", (f"{T}/test_core_scoring.py",), SCORING),
     (f"{C}/loop.py", (LOOP, FAILURES, STOPS), LOOP_TABLE),

@@ -33,6 +33,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "core/rlhf/schedules.py": (f"{T}/test_optimizers.py",),
     "core/rlhf/floor.py": ("tests/core/test_core_floor.py",),
     "core/rlhf/sequences.py": ("tests/core/test_core_sequences.py",),
+    "core/rlhf/experience.py": ("tests/core/test_core_sequences.py",),
+    "core/rlhf/scores.py": ("tests/core/test_core_sequences.py",),
 }
 """Module -> the tests that must notice any error in it."""
 

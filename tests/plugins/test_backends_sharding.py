@@ -12,7 +12,7 @@ from torch import nn
 
 from rlhf.checkpoint import Spread
 from rlhf.errors import RunError
-from rlhf.sequences import Scores
+from rlhf.scores import Scores
 from rlhf_plugins.backends import sharding
 
 

@@ -11,9 +11,9 @@ from rlhf.entries import AlgorithmEntry, Role
 from rlhf.testing.contract import Contract, broken, require
 
 if TYPE_CHECKING:
+    from rlhf.experience import Experience
     from rlhf.interfaces import Algorithm
     from rlhf.offline import OfflineData
-    from rlhf.sequences import Experience
     from rlhf.testing.kit import Kit
     from rlhf.testing.table import Table
     from rlhf.testing.trial import Learnt
@@ -252,7 +252,7 @@ class AlgorithmNumbers(Contract):
         """A loss that asks how likely the samples were takes account of `batch.importance`."""
         import torch
 
-        from rlhf.sequences import Experience
+        from rlhf.experience import Experience
         from rlhf.testing.table import Table
         from rlhf.testing.trial import learn
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rlhf.component import Context
 from rlhf.interfaces import Backend, OptimizerStrategy, TrainedParameter
-from rlhf.sequences import ScoreRequest, Scores, Sequences
+from rlhf.scores import ScoreRequest, Scores
+from rlhf.sequences import Sequences
 from rlhf.testing.table import VOCABULARY
 
 _WIDTH = 5

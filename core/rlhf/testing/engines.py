@@ -222,7 +222,7 @@ class EngineContract(Contract):
 
     def _trainers(self, work: Work, made: Generation) -> Tensor:
         """Log-probs by the trainer's own forward."""
-        from rlhf.sequences import Experience
+        from rlhf.experience import Experience
 
         experience = Experience(made.sequences)
         experience.temperature = self._temperature(work)

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from rlhf.experience import Batch, Experience, policy_mean, token_mean
 from rlhf.interfaces import Algorithm, Codec, Reward, Score
 from rlhf.mixture import completion_example
 from rlhf.rows import CompletionRow
-from rlhf.sequences import Batch, Example, Experience, Rollouts, policy_mean, token_mean
+from rlhf.sequences import Example, Rollouts
 from rlhf.testing.parts import share
 
 

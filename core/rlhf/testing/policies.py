@@ -10,7 +10,8 @@ from rlhf.testing.contract import Contract, require
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf.sequences import Scores, Sequences
+    from rlhf.scores import Scores
+    from rlhf.sequences import Sequences
     from rlhf.testing.kit import Kit, Work
 
 _TEXT = "abc def"
@@ -40,7 +41,7 @@ class PolicyContract(Contract):
 
     def score(self, work: Work, sequences: Sequences, temperature: float = 1.0, entropy: bool = False) -> Scores:
         """Through the container, as a loss asks for it."""
-        from rlhf.sequences import ScoreRequest
+        from rlhf.scores import ScoreRequest
 
         return work.parts.models.forward([ScoreRequest("policy", sequences, temperature, entropy)])[0]
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from rlhf.entries import Role
 from rlhf.errors import RowError
+from rlhf.experience import Experience
 from rlhf.rows import Message
-from rlhf.sequences import Divergence, Experience, Rollouts, Scores, Sequences
+from rlhf.scores import Divergence, Scores
+from rlhf.sequences import Rollouts, Sequences
 
 VOCABULARY = 48
 _WIDTH = 6
@@ -120,7 +122,7 @@ class Table:
 
 
 def _apart(p: Tensor, q: Tensor, kind: Divergence, beta: float) -> Tensor:
-    """See `rlhf.sequences.Divergence`. p, q: [R, V], log-probs. [R]"""
+    """See `rlhf.scores.Divergence`. p, q: [R, V], log-probs. [R]"""
     if kind == "forward_kl":
         return (q.exp() * (q - p)).sum(-1)
     if kind == "reverse_kl":

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rlhf.data import Refusals, Rows
 from rlhf.errors import RowError
+from rlhf.experience import Batch, Experience, Totals
 from rlhf.interfaces import Algorithm
 from rlhf.offline import OfflineData
 from rlhf.rollouts import groups_of, seeded
 from rlhf.rows import PromptRow
-from rlhf.sequences import Batch, Example, Experience, FinishReason, Prompt, Rollouts, Sequences, Totals
+from rlhf.sequences import Example, FinishReason, Prompt, Rollouts, Sequences
 from rlhf.testing.table import VOCABULARY, LetterCodec, Table
 from rlhf.world import ALONE, World
 

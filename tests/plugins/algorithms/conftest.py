@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worked import double
 
-from rlhf.interfaces import Context, World
+from rlhf.experience import Batch, Experience, Totals
+from rlhf.interfaces import Context
 from rlhf.plan import Plan
-from rlhf.sequences import Batch, Experience, Rollouts, Scores, Sequences, Totals
+from rlhf.scores import Scores
+from rlhf.sequences import Rollouts, Sequences
 from rlhf.testing.ranks import on_ranks
+from rlhf.world import World
 
 
 class HandScore:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from worked import close, double
 
-from rlhf.interfaces import Context, World
+from rlhf.interfaces import Context
 from rlhf.options import structure
 from rlhf.sequences import Prompt
+from rlhf.world import World
 from rlhf_plugins.algorithms.best_of_n import BestOfN
 from rlhf_plugins.algorithms.samples import BestOfNConfig
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from worked import EXACT, NEW, OLD, RHO, close, double
 
 from at_work import Run, plan_of
-from rlhf.interfaces import Context, World
+from rlhf.experience import Batch, Experience
+from rlhf.interfaces import Context
 from rlhf.options import structure
 from rlhf.plan import Plan
-from rlhf.sequences import Batch, Experience
+from rlhf.world import World
 from rlhf_plugins.algorithms.dapo import DAPO
 from rlhf_plugins.algorithms.grpo import GRPO
 from rlhf_plugins.algorithms.without_critic_options import DAPOConfig, GRPOConfig

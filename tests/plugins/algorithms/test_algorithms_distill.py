@@ -17,12 +17,13 @@ from worked import Words, close, double
 from at_work import Run, plan_of
 from built import parts_of, some
 from rlhf.errors import RequestError, RunError
+from rlhf.experience import Experience
 from rlhf.interfaces import Context
 from rlhf.parts import Parts
 from rlhf.plan import resource
 from rlhf.rows import CompletionRow
 from rlhf.scoring import Scorer
-from rlhf.sequences import Experience, Sequences
+from rlhf.sequences import Sequences
 from rlhf_plugins.algorithms.distill import Distill
 from rlhf_plugins.algorithms.distillation import DistillConfig, OfflineDistillConfig
 from rlhf_plugins.functional.divergence import divergence

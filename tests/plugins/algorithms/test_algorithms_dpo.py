@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from worked import Words
 
-from rlhf.interfaces import Context, World
+from rlhf.experience import Batch, Experience, Totals
+from rlhf.interfaces import Context
 from rlhf.options import structure
 from rlhf.rows import PreferenceRow
-from rlhf.sequences import Batch, Experience, Totals
+from rlhf.world import World
 from rlhf_plugins.algorithms.dpo import DPO
 from rlhf_plugins.algorithms.preferences import DPOConfig
 

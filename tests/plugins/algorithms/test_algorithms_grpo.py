@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from worked import EXACT, LENGTHS, NEW, OLD, REF, RHO, close, double
 
-from rlhf.interfaces import Context, World
+from rlhf.experience import Batch, Experience
+from rlhf.interfaces import Context
 from rlhf.options import structure
-from rlhf.sequences import Batch, Experience, Prompt
+from rlhf.sequences import Prompt
+from rlhf.world import World
 from rlhf_plugins.algorithms.grpo import GRPO
 from rlhf_plugins.algorithms.without_critic import roles_of
 from rlhf_plugins.algorithms.without_critic_options import DrGRPOConfig, GRPOConfig

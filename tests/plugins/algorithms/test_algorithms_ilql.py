@@ -15,10 +15,10 @@ from worked import Words, close, double
 from at_work import Run, plan_of
 from built import parts_of, some
 from rlhf.errors import RequestError
+from rlhf.experience import Experience
 from rlhf.interfaces import Context
 from rlhf.rows import RewardedRow
 from rlhf.scoring import Scorer
-from rlhf.sequences import Experience
 from rlhf_plugins.algorithms.ilql import ILQL
 from rlhf_plugins.algorithms.offline_rl import ILQLConfig
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from worked import Words
 
-from rlhf.interfaces import Context, World
+from rlhf.experience import Batch, Experience, Totals
+from rlhf.interfaces import Context
 from rlhf.rows import LabelledRow
-from rlhf.sequences import Batch, Experience, Scores, Sequences, Totals
+from rlhf.scores import Scores
+from rlhf.sequences import Sequences
+from rlhf.world import World
 from rlhf_plugins.algorithms.kto import KTO
 from rlhf_plugins.algorithms.preferences import KTOConfig
 

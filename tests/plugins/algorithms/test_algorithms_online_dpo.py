@@ -11,8 +11,9 @@ import pytest
 import torch
 from worked import double
 
-from rlhf.interfaces import Context, World
+from rlhf.interfaces import Context
 from rlhf.sequences import Prompt
+from rlhf.world import World
 from rlhf_plugins.algorithms.online_dpo import OnlineDPO
 from rlhf_plugins.algorithms.samples import OnlineDPOConfig
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.interfaces import Context, World
+from rlhf.experience import Batch, Experience
+from rlhf.interfaces import Context
 from rlhf.options import structure
-from rlhf.sequences import Batch, Experience, Rollouts
+from rlhf.sequences import Rollouts
+from rlhf.world import World
 from rlhf_plugins.algorithms import PPOConfig, ppo_roles
 from rlhf_plugins.algorithms.ppo import PPO
 

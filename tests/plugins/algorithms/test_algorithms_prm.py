@@ -14,9 +14,9 @@ from worked import close, double
 
 from at_work import Run, plan_of
 from rlhf.errors import RowError
+from rlhf.experience import Experience
 from rlhf.interfaces import Codec, Context
 from rlhf.rows import StepRow
-from rlhf.sequences import Experience
 from rlhf_plugins.algorithms.prm import PRM
 from rlhf_plugins.algorithms.processes import PRMConfig
 from rlhf_plugins.steps import encode, split

@@ -10,8 +10,8 @@ import pytest
 import torch
 from worked import EXACT, LENGTHS, NEW, OLD, REF, RHO, close, double
 
+from rlhf.experience import Batch, Experience
 from rlhf.interfaces import Context
-from rlhf.sequences import Batch, Experience
 from rlhf_plugins.algorithms.reinforce import Reinforce
 from rlhf_plugins.algorithms.without_critic_options import ReinforceBaselineConfig, ReinforceConfig
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from worked import EXACT, NEW, OLD, RHO, close, double, of_group
 
-from rlhf.interfaces import Context, World
+from rlhf.interfaces import Context
 from rlhf.sequences import Prompt
+from rlhf.world import World
 from rlhf_plugins.algorithms.remax import Remax
 from rlhf_plugins.algorithms.without_critic_options import RemaxConfig
 

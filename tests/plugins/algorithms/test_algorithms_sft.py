@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.experience import Experience
 from rlhf.interfaces import Context
 from rlhf.plan import resource
 from rlhf.rows import CompletionRow, Message
-from rlhf.sequences import Experience, Sequences
+from rlhf.sequences import Sequences
 from rlhf_plugins.algorithms import SFTConfig
 from rlhf_plugins.algorithms.sft import SFT
 from rlhf_plugins.policies import HFPolicyConfig

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from rlhf.compose import compose
 from rlhf.entries import AlgorithmEntry
+from rlhf.experience import Batch, Experience, Totals
 from rlhf.facts import Machine
-from rlhf.interfaces import Algorithm, Context, World
+from rlhf.interfaces import Algorithm, Context
 from rlhf.recipe import Recipe
 from rlhf.registry import Registry
-from rlhf.sequences import Batch, Experience, Rollouts, Totals
+from rlhf.sequences import Rollouts
+from rlhf.world import World
 from rlhf_plugins.algorithms.without_critic import entries
 
 Make = Callable[..., Any]

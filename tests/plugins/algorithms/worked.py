@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.sequences import Batch, Experience
+from rlhf.experience import Batch, Experience
 
 EXACT: dict[str, Any] = {"rel": 1e-12, "abs": 1e-12}  # float64 after a few operations
 

@@ -25,7 +25,8 @@ from rlhf.planning.memory import Lengths, modules, optimizer_bytes
 from rlhf.planning.phases import predict
 from rlhf.recipe import Recipe
 from rlhf.registry import Registry
-from rlhf.sequences import ScoreRequest, Sequences
+from rlhf.scores import ScoreRequest
+from rlhf.sequences import Sequences
 from rlhf_plugins.memory.footprint import by_architecture
 
 Typed = Callable[..., Recipe]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.interfaces import HeadRequest
-from rlhf.sequences import Comparison, LogitSource, Sequences
+from rlhf.scores import Comparison, LogitSource
+from rlhf.sequences import Sequences
 from rlhf_plugins.functional.divergence import KINDS, divergence
 from rlhf_plugins.policies.compared import divergences
 

@@ -23,7 +23,8 @@ from rlhf.interfaces import Context, Failed, HeadRequest, LoadSpec
 from rlhf.plan import Component, Plan, RolePlan
 from rlhf.recipe import RunOptions
 from rlhf.rows import PromptRow
-from rlhf.sequences import Rollouts, Scores, Sequences
+from rlhf.scores import Scores
+from rlhf.sequences import Rollouts, Sequences
 from rlhf_plugins.policies import HFPolicyConfig
 from rlhf_plugins.policies.hf import HFPolicy
 from rlhf_plugins.rewards import ModelConfig, rlhf_rewards, scores_one_number

@@ -13,7 +13,8 @@ from torch import Tensor
 from built import parts_of, rollouts_of, some
 from rlhf.interfaces import Failed
 from rlhf.rows import PromptRow
-from rlhf.sequences import Rollouts, Scores, Sequences
+from rlhf.scores import Scores
+from rlhf.sequences import Rollouts, Sequences
 from rlhf_plugins.rewards import ProcessConfig
 from rlhf_plugins.rewards.process import ProcessRewardModel, aggregate
 
