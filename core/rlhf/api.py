@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rlhf import API_VERSION
-from rlhf.component import Component, Context, Launcher
+from rlhf.component import Component, Context, Launcher, State
 from rlhf.entries import (
     POLICY,
     AlgorithmEntry,
@@ -86,7 +86,6 @@ if TYPE_CHECKING:
         Policy,
         Reward,
         Score,
-        State,
         StepResult,
         Tracker,
         TrainedParameter,
@@ -104,7 +103,7 @@ _LAZY = {
         (
             "Algorithm", "Backend", "Codec", "Engine", "Failed", "Format", "HeadRequest",
             "LoadSpec", "LogProbs", "MemoryStrategy", "OptimizerStrategy", "Policy", "Reward", "Score",
-            "State", "StepResult", "Tracker", "TrainedParameter", "Weights",
+            "StepResult", "Tracker", "TrainedParameter", "Weights",
         ),
         "rlhf.interfaces",
     ),

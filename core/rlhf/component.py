@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 if TYPE_CHECKING:
-    from rlhf.interfaces import Policy, State
+    from rlhf.interfaces import Policy
     from rlhf.metrics import MetricSink
     from rlhf.plan import Plan
     from rlhf.world import World
+
+State = dict[str, Any]
+"""Nested dicts and lists of JSON values and tensors; of what is spread over ranks, `rlhf.checkpoint.Piece`s."""
 
 
 def _alone() -> World:
