@@ -230,7 +230,7 @@ def _unplaced_options(recipe: Recipe, choice: Choice) -> Iterator[Problem]:
 def _sources(
     flag: str, paths: Iterable[str], ask: Ask, settings: Mapping[str, Any], problems: list[Problem]
 ) -> tuple[DataSource, ...]:
-    """The data with the format of each file: the one named, else the first that claims its name."""
+    """The data with the format of each file: the one named, else the one that claims the most of its name's end."""
     formats = [entry for entry in ask.registry.entries("format") if isinstance(entry, FormatEntry)]
     endings = tuple(suffix for entry in formats for suffix in entry.suffixes if suffix.startswith("."))
     sources = []
@@ -238,8 +238,12 @@ def _sources(
         place = Path(path).expanduser()
         there = place.exists()
         claim = "/" if place.is_dir() else place.name.lower() if there else "hub:"
-        claiming = (Pick(entry.name) for entry in formats if claim.endswith(tuple(entry.suffixes) or ("\0",)))
-        pick = next(iter((*ask.recipe.picks.get("format", ()), *claiming)), None)
+        claiming = _claiming(claim, formats)
+        pick = next(iter((*ask.recipe.picks.get("format", ()), *map(Pick, claiming))), None)
+        if len(claiming) > 1 and "format" not in ask.recipe.picks:
+            fix = " or ".join(f"--format {name}" for name in claiming)
+            problems.append(Problem(f"--{flag} {path}: {' and '.join(claiming)} both claim it", fix))
+            continue
         if pick is None and there:
             known = ", ".join(f"{entry.name} ({' '.join(entry.suffixes)})" for entry in formats)
             problems.append(Problem(f"--{flag} {path}: no format claims it", f"--format NAME, of: {known}"))
@@ -254,6 +258,12 @@ def _sources(
             # Absolute, as a run may be resumed from elsewhere.
             sources.append(DataSource(str(place.absolute()) if there else path, component))
     return tuple(sources)
+
+
+def _claiming(claim: str, formats: Iterable[FormatEntry]) -> list[str]:
+    """Names of the formats with the longest suffix that a name ends with, so that .jsonl.gz goes before .gz."""
+    longest = {entry.name: max(map(len, filter(claim.endswith, entry.suffixes)), default=0) for entry in formats}
+    return [name for name, length in longest.items() if length and length == max(longest.values())]
 
 
 def _lost(path: str, component: Component | None, endings: tuple[str, ...]) -> str | None:

@@ -222,7 +222,7 @@ class FormatEntry(Entry):
 
     kind: ClassVar[str] = "format"
     suffixes: tuple[str, ...] = ()
-    """File name endings that it claims where the user gives no `--format`, such as ".jsonl"."""
+    """File name endings that it claims where the user gives no `--format`, such as ".jsonl"; the longest wins."""
 
 
 @attrs.frozen(kw_only=True)

@@ -19,16 +19,17 @@ from statistics import median
 from typing import Any
 
 from stepbench import process
+from stepbench.cases import DTYPES
+
+from rlhf.facts import machine
 
 CASES: dict[str, tuple[str, ...]] = {
-    "hf, bf16": ("--engine", "hf", "--mem", "bf16"),
-    "hf, fp32": ("--engine", "hf", "--mem", "fp32"),
-    "vllm inside, bf16": ("--engine", "vllm", "--mem", "bf16"),
-    "vllm inside, fp32": ("--engine", "vllm", "--mem", "fp32"),
-    "vllm beside, bf16": ("--engine", "vllm", "--engine.place", "beside", "--mem", "bf16"),
-    "vllm inside, LoRA as adapter, bf16": (
-        *("--engine", "vllm", "--engine.sync", "adapter"),
-        *("--mem", "lora", "--mem", "bf16", "--optim.learning-rate", "1e-5"),
+    "hf": ("--engine", "hf"),
+    "vllm inside": ("--engine", "vllm"),
+    "vllm beside": ("--engine", "vllm", "--engine.place", "beside"),
+    "hf, LoRA": ("--engine", "hf", "--mem", "lora", "--optim.learning-rate", "1e-5"),
+    "vllm inside, LoRA as adapter": (
+        *("--engine", "vllm", "--engine.sync", "adapter", "--mem", "lora", "--optim.learning-rate", "1e-5"),
     ),
 }
 HEADER = ("engine", "tokens/s", "rollout s", "sync s", "step s", "rollout, share", "sync, share")
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", type=int, default=64, help="of each step (64)")
     add("--tokens", type=int, default=128, help="of a response at most (128)")
     add("--steps", type=int, default=3, help="timed, after one that isn't (3)")
+    add("--dtype", choices=list(DTYPES), help="left out, bf16 where this machine is faster by it, else fp32")
     add("--threads", type=int, default=2, help="(2)")
     add("--work", type=Path, default=Path("build/bench"), help="where models, rows, runs and logs go (build/bench)")
     return found
@@ -75,7 +77,7 @@ def timed(name: str, given: argparse.Namespace, model: Path, data: Path, reward:
         "--batch-size", str(given.prompts), "--max-steps", str(given.steps + 1), "--engine.max-new-tokens",
         str(given.tokens), "--reward", "python", "--reward.python.path", f"{reward}:score", "--eval-rows", "0",
         "--save-every", "1000", "--track", "none", "--optim.learning-rate", "1e-6", "--output", str(output),
-        *CASES[name],
+        "--mem", given.dtype, *CASES[name],
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": str(given.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     process.run(command, env, given.work / "logs" / f"{slug}.log")
@@ -104,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"error: --only {unknown[0]}: no such case; there are {'; '.join(CASES)}", file=sys.stderr)
         return 2
+    given.dtype = given.dtype or ("bf16" if "fast-bf16" in machine().provides else "fp32")
     given.work = given.work.resolve()
     for folder in ("logs", "runs", "rows"):
         (given.work / folder).mkdir(parents=True, exist_ok=True)

@@ -10,20 +10,21 @@ import pytest
 
 
 def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert engines.main(["--only", "hf, fp32; nosuch"]) == 2
-    assert "--only nosuch: no such case; there are hf, bf16; " in capsys.readouterr().err
+    assert engines.main(["--only", "hf; nosuch"]) == 2
+    assert "--only nosuch: no such case; there are hf; vllm inside; " in capsys.readouterr().err
 
 
 def test_a_row_of_the_table() -> None:
     found = {"speed": 251.6, "rollout": 30.0, "sync": 0.5, "step": 40.0}
-    assert engines.cells("hf, fp32", found) == ("hf, fp32", "252", "30.00", "0.50", "40.00", "75%", "1%")
+    assert engines.cells("hf", found) == ("hf", "252", "30.00", "0.50", "40.00", "75%", "1%")
 
 
 @pytest.mark.matrix
 def test_the_numbers_are_of_the_run(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["--only", "hf, fp32", "--model", str(tiny_model), "--prompts", "4", "--tokens", "6", "--steps", "2"]
+    line = ["--only", "hf", "--dtype", "fp32", "--model", str(tiny_model), "--prompts", "4", "--steps", "2"]
+    line += ["--tokens", "6"]
     assert engines.main([*line, "--work", str(tmp_path)]) == 0
-    lines = (tmp_path / "runs" / "hf--fp32" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "runs" / "hf" / "metrics.jsonl").read_text().splitlines()
     _, *timed = map(json.loads, lines)
     assert len(timed) == 2
     row = capsys.readouterr().out.splitlines()[-1]

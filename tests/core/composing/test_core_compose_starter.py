@@ -21,6 +21,7 @@ from fake_components import (
 
 from rlhf.compose import chosen_by, compose
 from rlhf.entries import (
+    FormatEntry,
     RewardEntry,
     StarterEntry,
 )
@@ -72,6 +73,22 @@ def test_data_that_no_format_claims(plan: Planned, tmp_path: Path) -> None:
     error = problems(lambda: plan("--algo", "fake-pairs", "--data", str(tmp_path / "a.xyz")))
     assert "no format claims it" in told(error)[0]
     assert "fake-table (.csv)" in error.problems[0].fix
+
+
+def test_data_that_two_formats_claim_alike_is_nobodys_until_one_is_named(
+    make_registry: Callable[..., Registry], plan: Planned, tmp_path: Path
+) -> None:
+    other = FormatEntry(name="fake-other", suffixes=(".csv", ".more.jsonl"), **IMPL)
+    among = make_registry(*BASE, other)
+    for name in ("a.csv", "b.more.jsonl"):
+        (tmp_path / name).write_text("")
+    data = ("--algo", "fake-pairs", "--data", str(tmp_path / "a.csv"))
+    error = problems(lambda: plan(*data, among=among))
+    assert told(error) == [f"--data {tmp_path / 'a.csv'}: fake-other and fake-table both claim it"]
+    assert error.problems[0].fix == "--format fake-other or --format fake-table"
+    assert plan(*data, "--format", "fake-table", among=among).data[0].format.name == "fake-table"
+    longer = plan("--algo", "fake-pairs", "--data", str(tmp_path / "b.more.jsonl"), among=among)
+    assert longer.data[0].format.name == "fake-other"  # it claims more of the name than fake-lines
 
 
 def test_data_is_kept_absolute_so_that_a_run_can_be_resumed_from_elsewhere(
