@@ -47,7 +47,8 @@ class Experience:
                 raise ValueError(f"experience {name!r} is {tuple(value.shape)}, not one a response token: ({n},)")
         for name, value in self.of_responses.items():
             if value.shape != (b,):
-                raise ValueError(f"experience {name!r} is {tuple(value.shape)}, not one a response: ({b},)")
+                told = "; numbers a token are given as tokens={...}" if value.shape == (n,) else ""
+                raise ValueError(f"experience {name!r} is {tuple(value.shape)}, not one a response: ({b},){told}")
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -164,7 +165,11 @@ def token_mean(x: Tensor, batch: Batch) -> Tensor:
 
     Divides by the optimiser step's global token count, so that the parts of all micro-batches and ranks add up to the
     mean however the batch was cut; each token weighs the same, however long its response.
+
+    Raises:
+        ValueError: x is of another length.
     """
+    _check_length(x, len(batch.sequences.tokens), "a response token")
     return torch.where(batch.mask, x, torch.zeros_like(x)).sum() / max(batch.totals.tokens, 1)
 
 
@@ -176,13 +181,28 @@ def policy_mean(x: Tensor, batch: Batch) -> Tensor:
 
 
 def sequence_mean(x: Tensor, batch: Batch) -> Tensor:
-    """This micro-batch's part of the mean over sequences. x: [B]. Divides by the step's global sequence count."""
+    """This micro-batch's part of the mean over sequences. x: [B]. Divides by the step's global sequence count.
+
+    Raises:
+        ValueError: x is of another length.
+    """
+    _check_length(x, len(batch), "a sequence")
     return x.sum() / max(batch.totals.sequences, 1)
 
 
 def group_mean(x: Tensor, batch: Batch) -> Tensor:
-    """This micro-batch's part of the mean over groups. x: one a group. Divides by the step's global group count."""
+    """This micro-batch's part of the mean over groups. x: one a group. Divides by the step's global group count.
+
+    Raises:
+        ValueError: x is of another length.
+    """
+    _check_length(x, batch.sequences.group_count, "a group")
     return x.sum() / max(batch.totals.groups, 1)
+
+
+def _check_length(x: Tensor, count: int, of: str) -> None:
+    if x.shape != (count,):
+        raise ValueError(f"a mean of {tuple(x.shape)}, not of one number {of}: ({count},)")
 
 
 def sequence_sum(x: Tensor, of: Experience | Rollouts) -> Tensor:

@@ -9,6 +9,7 @@ import attrs
 
 from rlhf.entries import KINDS, Constraint, MemoryEntry
 from rlhf.errors import Problem
+from rlhf.options import nearest
 from rlhf.plan import Component, Plan, RolePlan
 from rlhf.registry import Registry
 
@@ -80,7 +81,9 @@ def _capabilities(
 ) -> Iterator[Problem]:
     for need in sorted(component.entry.requires - provided):
         givers = [f"--{kind} {e.name}" for kind in KINDS for e in registry.entries(kind) if need in e.provides]
-        fix = f"add one that does: {', '.join(givers)}" if givers else "nothing installed here, nor this machine, does"
+        near = nearest(need, {name for kind in KINDS for e in registry.entries(kind) for name in e.provides})
+        nobody = "nothing installed here, nor this machine, does" + (f"; did you mean {near!r}?" if near else "")
+        fix = f"add one that does: {', '.join(givers)}" if givers else nobody
         yield Problem(f"--{component.kind} {component.name} needs {need!r}, which nothing provides", fix)
     for clash in sorted(component.entry.conflicts & others):
         yield Problem(f"--{component.kind} {component.name} excludes {clash!r}", "leave one of them out")

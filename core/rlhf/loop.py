@@ -23,12 +23,12 @@ import torch
 
 from rlhf import checkpoint, signals
 from rlhf.data import derive
-from rlhf.errors import Interrupted, RunError
+from rlhf.errors import Interrupted
 from rlhf.experience import Batch, Experience
 from rlhf.floor import Peaks
 from rlhf.heldout import evaluate
 from rlhf.interfaces import Algorithm, State
-from rlhf.micro import Units, add_up, micro_batches, totals_of
+from rlhf.micro import Units, add_up, check_loss, micro_batches, totals_of
 from rlhf.models import weight_stream
 from rlhf.parts import Parts, Say, component_states, reseed, restore
 from rlhf.peaks import measure
@@ -290,10 +290,7 @@ class Loop:
         mixed = parts.mixture.batches(parts.score, backend, run.micro_batch_tokens) if parts.mixture is not None else []
         for batch, weight, last in micro_batches(minibatch, totals, run.micro_batch_tokens, keep, backend):
             loss = parts.algorithm.loss(batch, self._gradient)
-            if loss.ndim:
-                raise RunError(f"{parts.plan.algo.name} returned a loss of shape {tuple(loss.shape)}, not a scalar")
-            if not math.isfinite(float(loss.detach())):
-                raise RunError(f"the loss is {float(loss.detach())} in step {self.step + 1}; nothing of it was applied")
+            check_loss(loss, parts.plan.algo.name, self.step + 1)
             backend.backward(loss if weight else loss * 0.0, last and not mixed)
             self._tell_uncorrected(batch)
             if weight:

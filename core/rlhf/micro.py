@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.errors import RunError
 from rlhf.experience import Batch, Experience, Totals
 from rlhf.interfaces import Backend
 from rlhf.scoring import cut
@@ -73,6 +75,21 @@ def micro_batches(
         whole = len(rows) == len(minibatch)  # as it is: scores of these very sequences may be there already
         part = minibatch if whole else minibatch.select(rows)
         yield Batch(part, totals, backend.device), float(i < len(pieces)), i == count - 1
+
+
+def check_loss(loss: Any, algo: str, step: int) -> None:
+    """
+    Raises:
+        RunError: what an algorithm returned as its loss can't be learnt from; says why.
+    """
+    if not isinstance(loss, Tensor):
+        raise RunError(f"{algo} returned a loss of type {type(loss).__name__}, not a tensor")
+    if loss.ndim:
+        raise RunError(f"{algo} returned a loss of shape {tuple(loss.shape)}, not a scalar")
+    if not math.isfinite(float(loss.detach())):
+        raise RunError(f"the loss is {float(loss.detach())} in step {step}; nothing of it was applied")
+    if not loss.requires_grad:
+        raise RunError(f"the loss of {algo} has no gradient: it depends on no score of a trained role")
 
 
 def _filled(minibatch: Experience, pieces: list[Tensor], world: World) -> tuple[Experience, list[Tensor]]:

@@ -214,7 +214,26 @@ def load() -> Registry:
             registry.fail(source, f"{type(error).__name__}: {error}")
             continue
         _collect(registry, manager, plugin, source)
+    registry.warnings.extend(_lost_defaults(registry))
     return registry
+
+
+def _lost_defaults(registry: Registry) -> Iterator[str]:
+    """Defaults that entries name and nothing has, so that they'd be without effect."""
+    from rlhf.recipe import RunOptions  # which finds recipes in the packages that this module lists
+
+    entries = [offer.entry for offer in registry.offers if offer.entry is not None and offer.status != "failed"]
+    known = {*fields(RunOptions), *KINDS}
+    for entry in entries:
+        known |= {f"{entry.kind}.{name}" for name in (fields(entry.config) if entry.config is not None else ())}
+    for offer in registry.offers:
+        for key in offer.entry.defaults if offer.entry is not None and offer.status != "failed" else ():
+            kind, _, option = key.partition(".")
+            if (f"{kind}.{option.rpartition('.')[2]}" if option else kind) not in known:
+                near = nearest(key, known)
+                hint = f"; did its author mean {near!r}?" if near else ""
+                where = f"plugin {offer.distribution} {offer.version}: --{offer.kind} {offer.name}"
+                yield f"{where}: its defaults name {key!r}, which nothing has{hint}"
 
 
 def _collect(registry: Registry, manager: pluggy.PluginManager, plugin: Any, source: _Source) -> None:
