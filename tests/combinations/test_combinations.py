@@ -116,8 +116,9 @@ def _recipe(combination: Combination, teacher: Path, judge: Callable[[str], Path
         "optim": {"name": c.optim, "learning_rate": 1e-4, "eps": 1e-3},
     }  # fmt: skip
     if c.engine:
-        # Unheated, the model's answers are nearly all of one length, and a group of equal rewards teaches nothing.
-        heat = {"temperature": 2.0} if c.reward == "length" else {}
+        # Unheated, the model's answers are nearly all numbers, which are programs too, and of one length; a group of
+        # equal rewards teaches nothing.
+        heat = {"temperature": 2.0} if c.reward in ("length", "code") else {}
         found["engine"] = {"name": c.engine, "max_new_tokens": 6, **heat}
     return found
 
