@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "venv"
 INSTALL = ("-c", "constraints.txt", "-e", ".[dev]")
+HEAVY = ("accelerate", "datasets", "numpy", "peft", "safetensors", "torch", "transformers")
+"""What nothing imports before a run."""
+TOOLS = ("hatchling", "hypothesis", "ninja", "pytest", "pytest-xdist")
+"""What the tests need beside the package and its extras."""
+LIGHT_TESTS = (
+    "composing", "planning/test_planning_memory.py", "test_core_allocator.py", "test_core_cli.py",
+    "test_core_constraints.py", "test_core_defaults.py", "test_core_facts.py", "test_core_library.py",
+    "test_core_matrix.py", "test_core_new.py", "test_core_options.py", "test_core_place.py", "test_core_plan.py",
+    "test_core_recipe.py", "test_core_rundir.py", "test_core_shares.py", "test_core_without_torch.py",
+    "test_report.py", "test_rows.py",
+)  # fmt: skip
+"""Of tests/core, what needs no torch, but for tests that are marked `whole`."""
 
 
 @nox.session
@@ -31,6 +46,57 @@ def tests(session: nox.Session) -> None:
     """The default suite; a Python that isn't installed is skipped by nox and said so."""
     session.install(*INSTALL)
     session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """The core with neither torch nor transformers, nor anything else that only a run imports: it plans and tells, it
+    refuses to run in a line that says what to install, and the tests that need none of them pass. pip knows no such
+    installation: the package depends on torch, so it is installed with --no-deps beside what is light."""
+    project = _project()["dependencies"]
+    session.install(*(need for need in project if _name(need) not in HEAVY), "pytest", "pytest-xdist")
+    session.install("--no-deps", "hatchling", ".")
+    for command in ("--help", "plugins", "plan", "matrix"):
+        session.run("rlhf", command, silent=True)
+    session.run("rlhf", "run", "--algo", "ppo", success_codes=[2])
+    light = "not whole and not matrix and not matrix_full and not peer"
+    session.run("pytest", "-m", light, *(f"tests/core/{name}" for name in LIGHT_TESTS), *session.posargs)
+
+
+@nox.session
+def minimum(session: nox.Session) -> None:
+    """The default suite with the oldest releases that pyproject.toml admits: constraints-minimum.txt. Of torch that is
+    a build for CUDA of several GB; RLHF_TORCH=2.13.0 takes another, and leaves that bound untested."""
+    held = Path("constraints-minimum.txt")
+    if torch := os.environ.get("RLHF_TORCH"):
+        lines = held.read_text(encoding="utf-8").splitlines()
+        held = Path(session.create_tmp()) / held.name
+        others = [line for line in lines if _name(line) != "torch"]
+        held.write_text("\n".join([*others, f"torch=={torch}"]) + "\n", encoding="utf-8")
+    session.install("-c", str(held), "-e", ".[deepspeed,math,quant,track]", *TOOLS)
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The default suite with the newest releases that pyproject.toml admits. torch alone is held, at constraints.txt's,
+    since a newer one may be a build for CUDA of several GB: RLHF_TORCH=2.14.1 takes that one, and an empty RLHF_TORCH
+    whatever pip finds."""
+    pinned = next(
+        line for line in Path("constraints.txt").read_text(encoding="utf-8").split() if _name(line) == "torch"
+    )
+    torch = os.environ.get("RLHF_TORCH", pinned.partition("==")[2])
+    session.install(f"torch=={torch}" if torch else "torch", "-e", ".[dev]")
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+def _project() -> dict[str, Any]:
+    found: dict[str, Any] = nox.project.load_toml("pyproject.toml")["project"]
+    return found
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0].lower()
 
 
 @nox.session

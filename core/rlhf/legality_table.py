@@ -54,6 +54,8 @@ class Wanted:
     together: int = 2
     """Memory strategies at once, at most."""
     nproc: int = 1
+    told: Recipe = attrs.Factory(Recipe)
+    """What every combination is told besides, of picks and of roles' models: a reward, and the model that it asks."""
 
 
 def table(registry: Registry, machine: Machine, wanted: Wanted) -> Iterator[Cell]:
@@ -69,6 +71,7 @@ def table(registry: Registry, machine: Machine, wanted: Wanted) -> Iterator[Cell
             continue
         base = base_recipe(entry, registry, machine)
         alike = _as_composed(entry), base == Recipe()
+        base = _told(base, wanted.told)
         if alike in judged_before:
             yield from (_of_another(cell, algo) for cell in judged_before[alike])
             continue
@@ -78,12 +81,17 @@ def table(registry: Registry, machine: Machine, wanted: Wanted) -> Iterator[Cell
             yield cell
 
 
+def _told(base: Recipe, more: Recipe) -> Recipe:
+    return attrs.evolve(base, picks={**base.picks, **more.picks}, roles={**base.roles, **more.roles})
+
+
 def _of_algorithm(
     algo: str, entry: AlgorithmEntry, base: Recipe, registry: Registry, machine: Machine, wanted: Wanted
 ) -> Iterator[Cell]:
     engines = _names(registry, "engine", wanted) if "rollouts" in entry.requires else [""]
     optims, backends = (_names(registry, kind, wanted) for kind in ("optim", "backend"))
-    paths = {starter.model for starter in registry.starters}
+    given = (role.model for role in base.roles.values() if role.model)
+    paths = {*(starter.model for starter in registry.starters), *given}
     read = {path: facts.model(resource(path)) for path in {*paths, *map(resource, paths)}}
     models = {path: found for path, found in read.items() if isinstance(found, ModelFacts)}
     for engine, optim, backend in itertools.product(engines, optims, backends):

@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from rlhf.world import World
+if TYPE_CHECKING:
+    from rlhf.world import World
 
 PHASES = ("rollout", "reward", "experience", "update", "sync")
 """In their order in a step."""

@@ -1,5 +1,5 @@
 """Which of the legal combinations are run: few that between them have every value, every pair and every triple of
-memory, backend and engine.
+memory, backend and engine. What judges the samples is a value like the others.
 
     python tests/combinations/cover.py            writes chosen.txt anew, for what is installed here
     python tests/combinations/cover.py --count    says how many are legal, and how many are chosen
@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
 
 from rlhf import facts
-from rlhf.entries import AlgorithmEntry, MemoryEntry
+from rlhf.entries import AlgorithmEntry, Entry, MemoryEntry
 from rlhf.legality_table import Cell, Wanted, _as_composed, table
+from rlhf.plan import resource
+from rlhf.recipe import Pick, Recipe, RoleRecipe
 from rlhf.registry import Registry, loaded
 
 CHOSEN = Path(__file__).with_name("chosen.txt")
@@ -29,23 +33,33 @@ ELSEWHERE = {
     "openai": "takes an endpoint: tests/plugins/engines runs it",
     "vllm": "takes half a minute to start: tests/plugins/engines runs it with whole weights and adapters under single, "
     "zero3 and fsdp2, in one process and in two, and compares more than losses",
+    "http": "asks a server: tests/plugins/rewards runs it",
+    "judge": "asks an endpoint: tests/plugins/rewards runs it",
 }
-"""Engines that are combined in tests of their own."""
+"""Engines and rewards that are combined in tests of their own."""
+OPTIONS = {"python": {"path": f"{Path(__file__).with_name('judging.py')}:score"}}
+"""Of rewards that can't do without."""
+STARTER = "rlhf_plugins.starter:model"
 
 
 @attrs.frozen(order=True)
 class Combination:
-    """What a run is told; its name reads like `ppo-hf-fp32+lora-ddp-adamw`."""
+    """What a run is told; its name reads like `ppo-hf-fp32+lora-model-ddp-adamw`, or `sft-offline-fp32-single-adamw`
+    where nothing is judged."""
 
     algo: str
     engine: str
+    """Empty where nothing is sampled."""
     mem: tuple[str, ...]
+    reward: str
+    """Empty where nothing is judged."""
     backend: str
     optim: str
 
     @property
     def name(self) -> str:
-        return "-".join((self.algo, self.engine or "offline", "+".join(self.mem), self.backend, self.optim))
+        judged = (self.reward,) if self.reward else ()
+        return "-".join((self.algo, self.engine or "offline", "+".join(self.mem), *judged, self.backend, self.optim))
 
     @property
     def nproc(self) -> int:
@@ -54,13 +68,20 @@ class Combination:
 
 def parse(text: str) -> Combination:
     """The combination that a line of chosen.txt tells, words separated by blanks."""
-    algo, engine, mem, backend, optim = text.split()
-    return Combination(algo, "" if engine == "offline" else engine, tuple(mem.split("+")), backend, optim)
+    algo, engine, mem, reward, backend, optim = text.split()
+    return Combination(
+        algo,
+        "" if engine == "offline" else engine,
+        tuple(mem.split("+")),
+        "" if reward == "unjudged" else reward,
+        backend,
+        optim,
+    )
 
 
 def line(combination: Combination) -> str:
     c = combination
-    return " ".join((c.algo, c.engine or "offline", "+".join(c.mem), c.backend, c.optim))
+    return " ".join((c.algo, c.engine or "offline", "+".join(c.mem), c.reward or "unjudged", c.backend, c.optim))
 
 
 def classes(registry: Registry) -> dict[str, str]:
@@ -80,22 +101,89 @@ def memories(registry: Registry) -> list[tuple[str, ...]]:
     return [(precision, *more) for precision in precisions for more in sets]
 
 
+def rewards(registry: Registry) -> list[str]:
+    """What may judge."""
+    return [entry.name for entry in registry.entries("reward") if entry.name not in ELSEWHERE]
+
+
+def told(registry: Registry, reward: str, judges: Mapping[str, str]) -> Recipe:
+    """What a run is told of its reward.
+
+    Args:
+        judges: role -> the model that a reward asks.
+    """
+    entry = registry.find("reward", reward)
+    assert isinstance(entry, Entry)
+    roles = () if callable(entry.roles) else entry.roles
+    return Recipe(
+        picks={"reward": (Pick(reward, options=OPTIONS.get(reward, {})),)},
+        roles={role.name: RoleRecipe(model=judges[role.name]) for role in roles},
+    )
+
+
+def lends(mem: Sequence[str]) -> bool:
+    """Whether a judge is adapters on the policy's base, as it must be to share that."""
+    return "shared-base" in mem
+
+
 def legal(registry: Registry) -> list[Combination]:
-    """Every legal combination of algorithms, engines, memory strategies, backends and optimisers."""
-    wanted = Wanted(only={"mem": tuple(",".join(mem) for mem in memories(registry))}, nproc=1)
-    cells = [cell for cell in table(registry, facts.machine(), wanted) if cell.legal and cell.engine not in ELSEWHERE]
-    return [of_cell(cell) for cell in cells]
+    """Every legal combination of algorithms, engines, memory strategies, rewards, backends and optimisers. Of
+    algorithms alike, and of rewards alike, the first is judged for all."""
+    machine, kinds = facts.machine(), classes(registry)
+    entries = [entry for entry in registry.entries("algo") if isinstance(entry, AlgorithmEntry)]
+    sampled = {entry.name for entry in entries if "rollouts" in entry.requires and entry.rewards}
+    engines = tuple(entry.name for entry in registry.entries("engine") if entry.name not in ELSEWHERE)
+
+    def cells(judged: bool, mems: list[tuple[str, ...]], recipe: Recipe) -> Iterator[Cell]:
+        algorithms = tuple(name for name in dict.fromkeys(kinds.values()) if (name in sampled) == judged)
+        only = {"algo": algorithms, "engine": engines, "mem": tuple(",".join(mem) for mem in mems)}
+        cells = table(registry, machine, Wanted(only=only, nproc=1, told=recipe)) if algorithms and mems else ()
+        return (cell for cell in cells if cell.legal)
+
+    found = [of_cell(cell) for cell in cells(False, memories(registry), Recipe())]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, adapters = _judges(Path(folder))
+        by_class: dict[object, list[Combination]] = {}
+        for reward in rewards(registry):
+            alike = _as_judged(registry, reward)
+            if alike not in by_class:
+                by_class[alike] = []
+                for shared, model in ((False, whole), (True, adapters)):
+                    mems = [mem for mem in memories(registry) if lends(mem) == shared]
+                    recipe = told(registry, reward, {"reward": model, "prm": model})
+                    by_class[alike] += [of_cell(cell, reward) for cell in cells(True, mems, recipe)]
+            found += [attrs.evolve(c, reward=reward) for c in by_class[alike]]
+    return [attrs.evolve(c, algo=algo) for c in found for algo in kinds if kinds[algo] == c.algo]
 
 
-def of_cell(cell: Cell) -> Combination:
-    return Combination(cell.algo, cell.engine, cell.mem, cell.backend, cell.optim)
+def _as_judged(registry: Registry, reward: str) -> object:
+    """What composing looks at of a reward, but for its own options."""
+    entry = registry.find("reward", reward)
+    assert isinstance(entry, Entry)
+    return entry.requires, entry.provides, entry.conflicts, entry.roles
+
+
+def _judges(folder: Path) -> tuple[str, str]:
+    """A reward model, and one that is adapters on the policy's base: as much of them as composing reads."""
+    base = resource(STARTER)
+    config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+    whole = {**config, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    adapters = {"base_model_name_or_path": base, "task_type": "SEQ_CLS"}
+    for name, content in (("config.json", whole), ("adapter_config.json", adapters)):
+        (folder / name.removesuffix(".json")).mkdir()
+        (folder / name.removesuffix(".json") / name).write_text(json.dumps(content), encoding="utf-8")
+    return str(folder / "config"), str(folder / "adapter_config")
+
+
+def of_cell(cell: Cell, reward: str = "") -> Combination:
+    return Combination(cell.algo, cell.engine, cell.mem, reward, cell.backend, cell.optim)
 
 
 def values(combination: Combination, kinds: dict[str, str]) -> list[tuple[str, str]]:
     """(kind, value) of all that is combined; the algorithm's class stands for it."""
     c = combination
     found = [("algo", kinds[c.algo]), ("backend", c.backend), ("optim", c.optim), *(("mem", name) for name in c.mem)]
-    return found + ([("engine", c.engine)] if c.engine else [])
+    return found + [(kind, name) for kind, name in (("engine", c.engine), ("reward", c.reward)) if name]
 
 
 def covered(combination: Combination, kinds: dict[str, str]) -> set[frozenset[tuple[str, str]]]:
@@ -109,19 +197,21 @@ def covered(combination: Combination, kinds: dict[str, str]) -> set[frozenset[tu
 
 
 def choose(combinations: Sequence[Combination], kinds: dict[str, str]) -> list[Combination]:
-    """Greedily, that which adds most; of equals the first. Then each algorithm twice."""
-    shows = {c: covered(c, kinds) for c in combinations}
+    """Greedily, that which adds most; of equals the first. Of algorithms alike each takes its turn, and has two."""
+    shapes = [c for c in combinations if kinds[c.algo] == c.algo]
+    shows = {c: covered(c, kinds) for c in shapes}
     missing = set().union(*shows.values()) if shows else set()
-    chosen: list[Combination] = []
+    turns = {first: itertools.cycle([algo for algo in kinds if kinds[algo] == first]) for first in kinds.values()}
+    chosen: set[Combination] = set()
     while missing:
-        best = max(combinations, key=lambda c: len(shows[c] & missing))
-        chosen.append(best)
+        best = max(shapes, key=lambda c: len(shows[c] & missing))
+        chosen.add(attrs.evolve(best, algo=next(turns[best.algo])))
         missing -= shows[best]
     for algo in kinds:
         mine = [c for c in combinations if c.algo == algo and c not in chosen]
         lacking = max(2 - sum(c.algo == algo for c in chosen), 0)
         # from far apart in the list, so that they differ
-        chosen += [mine[i * (len(mine) - 1)] for i in range(min(lacking, len(mine)))]
+        chosen |= {mine[i * (len(mine) - 1)] for i in range(min(lacking, len(mine)))}
     return sorted(chosen)
 
 
@@ -142,7 +232,7 @@ def read() -> list[Combination]:
 
 
 def write(chosen: Iterable[Combination]) -> None:
-    head = "# Written by `python tests/combinations/cover.py`: algo engine mem backend optim\n"
+    head = "# Written by `python tests/combinations/cover.py`: algo engine mem reward backend optim\n"
     CHOSEN.write_text(head + "".join(line(c) + "\n" for c in chosen), encoding="utf-8")
 
 

@@ -88,6 +88,7 @@ def test_exit_codes(
 @pytest.mark.parametrize(
     ("error", "code"), [(RunError("reward raised"), 1), (Interrupted("stopped"), 130), (KeyboardInterrupt(), 130)]
 )
+@pytest.mark.whole
 def test_how_a_run_ends_is_its_exit_code(
     rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
@@ -366,6 +367,7 @@ def test_single_is_refused_for_several(rlhf: Callable[..., Ended]) -> None:
         (("pipeline", "sft-dpo", "--set", "dpo.model=nosuch/dir"), "stage dpo: --model nosuch/dir: there is no such"),
     ],
 )
+@pytest.mark.whole
 def test_a_slip_is_told_with_what_to_type_instead(rlhf: Rlhf, words: tuple[str, ...], says: str) -> None:
     ended = rlhf(*words)
     assert ended.code == 2 and says in ended.err
@@ -392,6 +394,7 @@ def test_the_shipped_recipes_are_listed_and_checked_without_torch(rlhf: Rlhf) ->
     assert done.returncode == 0 and done.stdout.startswith("stages:") and done.stdout.endswith("[]\n")
 
 
+@pytest.mark.whole
 def test_a_column_that_a_reward_needs_is_missed_before_a_model_is_loaded(
     rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,6 +420,7 @@ def test_a_column_that_a_reward_needs_is_missed_before_a_model_is_loaded(
         (12, ("--epochs", "1"), ""),
     ],
 )
+@pytest.mark.whole
 def test_fewer_rows_than_a_batch_are_noted(
     rlhf: Rlhf, tmp_path: Path, count: int, words: tuple[str, ...], note: str
 ) -> None:
@@ -428,6 +432,7 @@ def test_fewer_rows_than_a_batch_are_noted(
     assert (note in ended.err) and ("fewer than the batch" in ended.err) == bool(note)
 
 
+@pytest.mark.whole
 def test_a_reward_looks_at_each_row_before_a_model_is_loaded(
     rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_ten_times_a_millionth_is_what_people_write() -> None:
         (("--algo", "dpo", "--mem", "lora", "--optim.learning-rate", "7e-7"), 7e-7),  # the user's goes before
     ],
 )
+@pytest.mark.whole
 def test_adapters_learn_at_ten_times_the_rate(
     plan: Callable[..., Plan], tiny_model: object, words: tuple[str, ...], expected: float
 ) -> None:

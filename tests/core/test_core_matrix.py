@@ -59,6 +59,7 @@ def test_table_and_run_agree(cells: list[Cell], installed: Registry, typed: Call
         assert cell.legal or set(reasons) == set(cell.reasons), words
 
 
+@pytest.mark.whole
 def test_known_cells(cells: list[Cell]) -> None:
     by_mem = {c.mem: c for c in cells if (c.algo, c.optim, c.backend) == ("sft", "adamw", "single")}
     assert by_mem["4bit", "lora"].legal
@@ -114,6 +115,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return int(caught.value.code or 0), out, err
 
 
+@pytest.mark.whole
 def test_filters(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "matrix", "--json", "--algo", "sft", "--mem", "lora,4bit", "--optim", "adamw")
     found = json.loads(out)
@@ -158,6 +160,7 @@ ILLEGAL = [
 
 
 @pytest.mark.parametrize(("words", "reasons", "neighbour"), ILLEGAL)
+@pytest.mark.whole
 def test_illegal_mixes_are_refused_with_reasons_and_a_neighbour(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], reasons: tuple[str, ...], neighbour: str
 ) -> None:
@@ -167,6 +170,7 @@ def test_illegal_mixes_are_refused_with_reasons_and_a_neighbour(
     assert neighbour in err
 
 
+@pytest.mark.whole
 def test_a_refusal_takes_less_than_a_second_of_work() -> None:
     """Of processor time, cold: the wall clock of a shared machine proves nothing."""
     code = "import time; from rlhf.cli import main\ntry: main(['plan', '--algo', 'ppo', '--mem', '4bit'])\n" \
@@ -220,6 +224,7 @@ def _mix(drawn: random.Random, installed: Registry) -> list[str]:
 # The recipes that ship
 
 
+@pytest.mark.whole
 def test_the_7b_recipe_fits_one_gpu_of_80_gb_and_says_what_would_fit_40(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +256,7 @@ def test_the_7b_recipe_fits_one_gpu_of_80_gb_and_says_what_would_fit_40(
         ("ppo-7b-eight-80gb", ("--device-memory", "80GiB")),
     ],
 )
+@pytest.mark.whole
 def test_each_7b_recipe_fits_what_it_is_for_and_not_half_of_that(
     capsys: pytest.CaptureFixture[str], recipe: str, device: tuple[str, ...]
 ) -> None:
@@ -260,6 +266,7 @@ def test_each_7b_recipe_fits_what_it_is_for_and_not_half_of_that(
     assert code == 2 and "does not fit" in err
 
 
+@pytest.mark.whole
 def test_two_gpus_without_bfloat16_share_one_base(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "plan", "ppo-7b-two-32gb", "--device", "v100", "--json")
     roles = {role["role"]: role for role in json.loads(out)["prediction"]["roles"]}

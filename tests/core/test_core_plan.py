@@ -65,6 +65,7 @@ def mix(
     return typed(*MIXES[request.param])
 
 
+@pytest.mark.whole
 def test_the_resolved_recipe_makes_the_same_plan(mix: Recipe, installed: Registry, machine: Machine) -> None:
     plan = compose(mix, installed, machine)
     text = yaml.safe_dump(plan.to_recipe(), sort_keys=False)
@@ -74,6 +75,7 @@ def test_the_resolved_recipe_makes_the_same_plan(mix: Recipe, installed: Registr
     assert yaml.safe_dump(again.to_recipe(), sort_keys=False) == text
 
 
+@pytest.mark.whole
 def test_plan_json_makes_the_same_plan(mix: Recipe, installed: Registry, machine: Machine) -> None:
     plan = compose(mix, installed, attrs.evolve(machine, gpus=(Gpu("A", 80 << 30, (8, 0)),)))
     text = json.dumps(plan.to_json(), allow_nan=False)

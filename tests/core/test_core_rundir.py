@@ -138,6 +138,7 @@ def test_a_folder_that_cannot_be_made_is_a_wrong_request(tmp_path: Path, plan: P
         RunDirectory(tmp_path / "file" / "run").open(plan)
 
 
+@pytest.mark.whole
 def test_recipe_plan_and_environment_are_written_and_the_recipe_repeats_the_run(tmp_path: Path, plan: Plan) -> None:
     directory = RunDirectory(tmp_path)
     directory.open(plan)

@@ -11,6 +11,7 @@ import yaml
 
 from rlhf import library
 from rlhf.cli import say
+from rlhf.cli.run import settle
 from rlhf.errors import Problem, RequestError
 from rlhf.place import here
 from rlhf.recipe import read_yaml
@@ -63,6 +64,7 @@ def pipeline(recipe_file: str, settings: tuple[str, ...], output: Path | None, r
     if dry_run:
         click.echo(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), nl=False)
         return 0
+    settle()
     place = output or Path("runs") / f"{Path(recipe_file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     results = carry_out(stages, place, resume, say)
     for result in results:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +23,8 @@ from rlhf.cli.resume import repeated, what_stands
 from rlhf.errors import Interrupted, Problem, RankLost, RequestError, RunError
 from rlhf.place import Place, here
 from rlhf.plan import Plan
+
+_PACKAGE = "rlhf-kit"
 
 
 @click.command(cls=RecipeCommand)
@@ -92,7 +97,14 @@ def _joined(job: rank.Job, place: Place) -> int:
 
 
 def settle() -> None:
-    """Environment that libraries read when they are imported; what the user has set stays."""
+    """What must be so before anything heavy is imported: it is there, and it finds the environment that it reads then.
+    What the user has set stays.
+
+    Raises:
+        RequestError: torch isn't installed, which planning does without and running doesn't.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise RequestError(Problem("torch isn't installed, and this command needs it", _install_line()))
     # These speak to a programmer who loads one model, not to the user of a run.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -100,3 +112,21 @@ def settle() -> None:
     # Threads that wait soon sleep. On an idle machine this costs nothing; where anything else wants a core, threads
     # that spin for long (the default) make a run several times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _install_line() -> str:
+    """The command that installs what this package depends on and lacks."""
+    try:
+        wanted = importlib.metadata.requires(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:  # imported from a folder
+        wanted = []
+    lacking = [f"'{need.partition(';')[0].strip()}'" for need in wanted if "extra ==" not in need and not _has(need)]
+    return f"pip install {' '.join(lacking) or 'torch'}"
+
+
+def _has(requirement: str) -> bool:
+    found = re.match(r"[\w.-]+", requirement)
+    try:
+        return found is None or bool(importlib.metadata.version(found.group()))
+    except importlib.metadata.PackageNotFoundError:
+        return False
