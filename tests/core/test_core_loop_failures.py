@@ -88,6 +88,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_what_was_done_stays(tmp_path
     assert metrics_of(tmp_path / "broken") == whole.metrics() and len(whole.metrics()) == 4
 
 
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (1.0, "sft returned a loss of type float, not a tensor"),
+        (None, "sft returned a loss of type NoneType, not a tensor"),
+        (torch.zeros(()), "the loss of sft has no gradient: it depends on no score of a trained role"),
+    ],
+)
+def test_a_loss_that_nothing_can_be_learnt_from_is_an_error(tmp_path: Path, loss: Any, why: str) -> None:
+    def change(parts: Parts) -> None:
+        parts.algorithm.loss = lambda batch, score: loss  # type: ignore[method-assign]
+
+    with pytest.raises(RunError, match=why):
+        Run(tmp_path / "a", plan_of(algo="sft"), change).go()
+
+
 def test_a_loss_that_is_no_scalar_and_no_requests_are_errors(tmp_path: Path) -> None:
     def shape(parts: Parts) -> None:
         parts.algorithm.loss = lambda batch, score: torch.zeros(2)  # type: ignore[method-assign]

@@ -242,6 +242,21 @@ def test_a_heavy_import_in_an_entry_module_is_told_and_the_plugin_works(
     assert of(registry, "fake-heavy")[0].status == "ok"
 
 
+def test_defaults_that_nothing_has_are_told(site: Site) -> None:
+    """They would be without effect, and a slip of the pen is all it takes."""
+    defaults = (
+        "{{'optim.lerning_rate': 1.0, 'batchsize': 2, 'optim.learning_rate': 1.0, 'batch_size': 2, 'optim': 'x'}}"
+    )
+    site.install(
+        "fake-lost", GOOD.replace("phase='load'", f"phase='load', defaults={defaults}").format(name="fake-mem")
+    )
+    told = [line for line in registries.load().warnings if "fake-lost" in line]
+    assert [line.partition("its defaults name ")[2] for line in told] == [
+        "'optim.lerning_rate', which nothing has; did its author mean 'optim.learning_rate'?",
+        "'batchsize', which nothing has; did its author mean 'batch_size'?",
+    ]
+
+
 @pytest.mark.parametrize("points", ["[rlhf]\nno equals sign\n", "[rlhf]\nx = not a module!\n"])
 def test_damaged_metadata_is_told(site: Site, installed: Registry, points: str) -> None:
     site.metadata("fake-damaged", points)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,8 +131,21 @@ def test_a_step_of_one_is_divided_by_one_and_one_of_none_by_one_too() -> None:
     for count, expected in ((1, 31.0), (0, 31.0)):  # none: there is nothing to divide, and no 0 / 0
         batch = Batch(Experience(three()), Totals(count, count, count))
         assert float(token_mean(torch.tensor([1.0, 2.0, 4.0, 8.0, 0.0, 16.0]), batch)) == expected
-        assert float(sequence_mean(torch.tensor([15.0, 16.0]), batch)) == expected
+        assert float(sequence_mean(torch.tensor([15.0, 10.0, 6.0]), batch)) == expected
         assert float(group_mean(torch.tensor([15.0, 16.0]), batch)) == expected
+
+
+def test_a_mean_is_of_as_many_numbers_as_there_are() -> None:
+    """Three responses in two groups, six tokens: one a group in the place of one a response would be half the loss."""
+    batch = Batch(Experience(three()), Totals(6, 3, 2))
+    for mean, right, wrong in (
+        (token_mean, 6, (3,)), (sequence_mean, 3, (2,)), (group_mean, 2, (3,)), (sequence_mean, 3, (3, 1)),
+    ):  # fmt: skip
+        assert float(mean(torch.ones(right), batch)) > 0
+        with pytest.raises(ValueError, match=rf"a mean of {re.escape(str(wrong))}, not of one number a \w+"):
+            mean(torch.ones(wrong), batch)
+    with pytest.raises(ValueError, match=r"not one a response: \(3,\); numbers a token are given as tokens="):
+        Experience(three(), advantages=torch.ones(6))
 
 
 def test_a_masked_token_can_neither_poison_a_mean_nor_its_gradient() -> None:
