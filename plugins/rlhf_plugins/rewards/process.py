@@ -41,6 +41,8 @@ class ProcessRewardModel(Reward):
                 found.append(0.0)  # of those read, in order, below
             except RowError as error:
                 found.append(Failed(f"the process reward model can't read it: {error}"))
+        if not readable:
+            return found
         sequences = Sequences.of([prompt for prompt, _, _ in readable], [response for _, response, _ in readable])
         scores = score(sequences, self._role.name)
         right = torch.sigmoid(after_tokens(scores.values, scores.score, sequences.lengths))  # [N]
