@@ -105,8 +105,8 @@ class Memory:
 
     @property
     def needed(self) -> float:
-        """Of a device's memory."""
-        return self.peak_bytes + PROCESS_BYTES * (self.ranks if self.cpu else 1)
+        """Of a device's memory, or on a CPU of a process's share of the machine's."""
+        return self.peak_bytes + PROCESS_BYTES
 
 
 @attrs.frozen

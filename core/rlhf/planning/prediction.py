@@ -77,22 +77,25 @@ def prediction(plan: Plan, lengths: Lengths | None = None, peaks: tuple[Peaks, s
         Uncountable: a component's footprint failed.
     """
     lengths = lengths or assumed_lengths(plan)
-    device, size = device_of(plan.machine)
+    memory = predict(plan, lengths)
+    device, size = device_of(plan.machine, memory.ranks)
     known, source = peaks or nominal_peaks(plan.machine)
     return Prediction(
-        memory=predict(plan, lengths),
+        memory=memory,
         duration=duration(plan, lengths, known, source),
         device=device,
         device_bytes=size,
     )
 
 
-def device_of(machine: Machine) -> tuple[str, int]:
-    """(name, bytes) of the smallest device."""
+def device_of(machine: Machine, ranks: int) -> tuple[str, int]:
+    """(name, bytes) of the smallest device of a process. On CPUs the processes share what the machine has; those that
+    run on other machines are counted among them, which promises too little rather than too much."""
     if machine.gpus:
         gpu = min(machine.gpus, key=lambda gpu: gpu.memory_bytes)
         return gpu.name, gpu.memory_bytes
-    return "this machine's memory", machine.memory_bytes
+    shared = f", shared by {ranks} processes" if ranks > 1 else ""
+    return f"this machine's memory{shared}", machine.memory_bytes // ranks
 
 
 def written(plan: Plan) -> dict[str, Any]:

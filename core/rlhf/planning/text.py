@@ -119,11 +119,10 @@ def _phase_rows(memory: Memory) -> Iterator[tuple[str, ...]]:
 
 def _verdict(found: Prediction) -> Iterator[str]:
     memory = found.memory
-    processes = memory.ranks if memory.cpu else 1
     gaps = memory.peak.device.get("gaps", 0.0) / max(memory.peak.total, 1.0) if memory.cpu else SLACK
     yield (
         f"  peak       {size(memory.peak_bytes)} in {memory.peak.phase}, {gaps:.0%} lost between blocks among it; "
-        f"{size(PROCESS_BYTES * processes)} of the process besides"
+        f"{size(PROCESS_BYTES)} of the process besides"
     )
     yield f"  device     {verdict(found)}"
 

@@ -41,7 +41,7 @@ from rlhf.planning.duration import duration
 from rlhf.planning.fit import nearest_fit
 from rlhf.planning.memory import Lengths, Memory, assumed_lengths, micro_batch
 from rlhf.planning.phases import predict
-from rlhf.planning.prediction import prediction
+from rlhf.planning.prediction import device_of, prediction
 from rlhf.planning.text import describe, size
 from rlhf.recipe import Recipe
 from rlhf.registry import Registry
@@ -448,6 +448,16 @@ def test_two_changes_where_one_is_not_enough(asked: Callable[..., tuple[Ask, Pla
     assert "--mem fake-again" in fit.words
     assert "--micro-batch-tokens" in fit.words
     assert nearest_fit(*asked(1 << 20, of=of), LONG) is None  # nothing makes a process that small
+
+
+def test_processes_on_cpus_share_the_machine(machine: Machine) -> None:
+    """What each takes must fit in its part: two that take 6 GiB each don't fit in 10."""
+    cpu = attrs.evolve(machine, gpus=(), memory_bytes=10 * GIB)
+    assert device_of(cpu, 1) == ("this machine's memory", 10 * GIB)
+    assert device_of(cpu, 2) == ("this machine's memory, shared by 2 processes", 5 * GIB)
+    own = planned_machine(machine, "H100", None, 2)
+    assert isinstance(own, Machine)
+    assert device_of(own, 2)[1] == 80 * GIB
 
 
 def test_a_plan_never_fits_by_the_bytes_of_its_tensors_alone(planned: Callable[..., Plan]) -> None:
