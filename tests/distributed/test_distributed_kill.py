@@ -20,6 +20,8 @@ from rlhf.cli import main
 
 LINE = ("--algo", "ppo", "--batch-size", "8", "--max-steps", "10", "--save-every", "1", "--eval-rows", "8",
         "--algo.epochs", "2", "--algo.minibatches", "2", "--nproc", "2")  # fmt: skip
+ENDLESS = ("--max-steps", "1000")
+"""So that it isn't done before it is told to stop."""
 
 
 class Run:
@@ -153,7 +155,7 @@ def test_where_weights_are_spread_too(
 
 @pytest.mark.matrix
 def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, *ENDLESS)
     run.until(2)
     run.process.send_signal(signal.SIGINT)
     code, said = run.end(60)
@@ -165,7 +167,7 @@ def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
 
 @pytest.mark.matrix
 def test_a_request_to_stop_that_one_rank_hears_stops_them_all(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, *ENDLESS)
     run.until(2)[1].send_signal(signal.SIGTERM)
     code, said = run.end(60)
     assert code == 130 and "stopped by SIGTERM after step" in said
