@@ -111,10 +111,10 @@ def _main(arguments: list[str], asked: signals.Asked) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception:
+    except Exception:  # of any kind: a library that is interrupted may make an error of its own of it
         if asked.number is None:
-            raise
-        say("interrupted")  # in the middle of a library that made an error of its own of it
+            raise  # nobody interrupted: a fault, which keeps its trace
+        say("interrupted")
         sys.exit(130)
 
 

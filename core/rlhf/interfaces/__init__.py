@@ -1,5 +1,8 @@
 """What each kind of component implements. Imported after the plan is accepted; entry modules don't import this.
 
+A method that raises NotImplementedError is abstract: what derives from the class has its own, or, as the message says,
+needs none for what it does.
+
 Every component is made as `Class(config, context)`. One that keeps anything between steps puts it in `state()`:
 what isn't in there is not restored.
 

@@ -68,6 +68,7 @@ class Algorithm(Component):
 
     def examples(self, row: Any, codec: Codec) -> Iterable[Example]:
         """Offline: the sequences of a row, one group. Raises RowError for a row that doesn't fit."""
+        # abstract for the offline ones alone: what samples has no rows to make sequences of
         raise NotImplementedError(f"{type(self).__name__} is offline and must say what a row's sequences are")
 
     def bundles(self, lengths: Sequence[int]) -> Iterable[Sequence[int]]:
@@ -105,7 +106,7 @@ class Algorithm(Component):
 
     def loss(self, batch: Batch, score: Score) -> Tensor:
         """This micro-batch's part of the loss, a scalar: use `token_mean` and the like, so that parts add up."""
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
+        raise NotImplementedError(f"{type(self).__name__} has no loss")  # abstract: each algorithm has its own
 
     def minibatch_done(self, metrics: Mapping[str, float]) -> bool:
         """After each optimiser step, with its metrics, the same on every rank. True leaves the batch's rest out."""

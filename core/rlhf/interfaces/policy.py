@@ -74,7 +74,7 @@ class Policy(Component):
         Raises:
             RequestError: it has no tokenizer.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def load(self, spec: LoadSpec) -> nn.Module:
         """Load a module with the head asked for, on its device.
@@ -82,11 +82,11 @@ class Policy(Component):
         Raises:
             RequestError: the folder holds no such model.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def add_scalar_head(self, module: nn.Module, role: str, init: str, seed: int) -> nn.Module:
         """A scalar head for the module's trunk: the role's own part where it shares a trunk."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def add_token_head(self, module: nn.Module, role: str, init: str, seed: int) -> nn.Module:
         """A head of one number a token of the vocabulary for the module's trunk: at "normal" a tenth of what a scalar
@@ -105,11 +105,12 @@ class Policy(Component):
         Raises:
             RequestError: it has none, and the role keeps one.
         """
+        # abstract for those alone whose roles may share a base
         raise NotImplementedError(f"{type(self).__name__} has no heads for roles that share a base")
 
     def score(self, module: nn.Module, sequences: Sequences, heads: Sequence[HeadRequest]) -> list[Scores]:
         """Score sequences by one trunk and the heads asked for, in one forward of the trunk."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def read(self, module: nn.Module, sequences: Sequences) -> LogitSource:
         """What logits before the response tokens are made from, by a frozen module; one forward of its trunk. Optional:
@@ -142,7 +143,7 @@ class Policy(Component):
             folded: heads of tokens, each with its factor, to be added to the vocabulary head in what is written. Given
                 only where a role asks for it (`Role.folded`).
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     @classmethod
     def export(cls, spec: LoadSpec, folder: Path, dtype: torch.dtype | None) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ class Engine(Component):
         Args:
             temperature: overrides the engine's own, for evaluation; 0 is greedy.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def sync(self, weights: Weights, version: int) -> None:
         """Take new weights. Called on every rank, before the first rollout and after every step that changed them.
@@ -105,7 +105,7 @@ class Reward(Component):
 
     def judge(self, rollouts: Rollouts, score: Score) -> Sequence[float | Failed] | Tensor:
         """One number a rollout, in order; higher is better. The core refuses another count, text, NaN or infinity."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def close(self) -> None:
         """Free what it holds outside this process; it may be asked again."""

@@ -22,7 +22,7 @@ class Format(Component):
 
         A row whose shape is broken may be yielded as `(where, RowError(...))`; it is refused and counted.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
 
 class Tracker(Component):

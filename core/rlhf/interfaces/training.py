@@ -81,7 +81,7 @@ class OptimizerStrategy(Component):
 
     def build(self, parameters: Sequence[TrainedParameter]) -> torch.optim.Optimizer:
         """Make the optimiser; each group needs `lr` and `base_lr`."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def factor(self, step: int, steps: int) -> float:
         """What the schedule multiplies each group's `base_lr` by in step `step` (from 0) of `steps`. By the loop's
@@ -130,11 +130,11 @@ class Backend(Component):
         self, container: nn.Module, parameters: Sequence[TrainedParameter], optimizer: OptimizerStrategy
     ) -> None:
         """Take over the container of all trainable roles."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def forward(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
         """One forward of the container, with gradient where it is enabled."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def backward(self, loss: Tensor, last: bool = False) -> None:
         """Add a micro-batch's gradients: the step's are the sum over micro-batches and ranks, not a mean.
@@ -143,12 +143,12 @@ class Backend(Component):
             last: this rank makes no further micro-batch of the step, so ranks may begin to add up. Ranks need not have
                 made as many unless the backend is `sharded`; one that had no work at all is never called.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def update(self, factor: float) -> StepResult:
         """Add the gradients up over ranks, clip by their global norm, step at `factor` times each group's base
         learning rate, clear the gradients. Called on every rank, once a step; the result is the same on all."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def weights(self, module: str, only: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Tensor]]:
         """A trained module's whole weights by name, in buckets, never all at once. Every rank runs through all of
@@ -157,7 +157,7 @@ class Backend(Component):
         Args:
             only: which names are wanted; the others needn't be gathered.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each implementation has its own
 
     def gathered(self, module: str) -> contextlib.AbstractContextManager[None]:
         """A context in which a trained module is whole on every rank and can be called there by itself, without the

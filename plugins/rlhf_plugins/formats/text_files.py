@@ -35,7 +35,7 @@ class RowFormat(Format):
         Raises:
             RequestError: the file can't be read or parsed.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each format has its own
 
     def read(self, path: str) -> Iterator[tuple[str, Any]]:
         """(where, record) for each row, or (where, RowError) for one whose shape is clear but broken.

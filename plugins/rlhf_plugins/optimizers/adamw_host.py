@@ -15,27 +15,16 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from rlhf.api import Context, OptimizerStrategy, TrainedParameter, schedule
-from rlhf_plugins.optimizers import AdamWConfig
-from rlhf_plugins.optimizers.adamw import groups
+from rlhf.api import TrainedParameter
+from rlhf_plugins.optimizers.adamw import AdamW, groups
 
 
-class AdamWHost(OptimizerStrategy):
+class AdamWHost(AdamW):
     """See the module."""
-
-    config: AdamWConfig
-
-    def __init__(self, config: AdamWConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.max_norm = config.max_norm
 
     def build(self, parameters: Sequence[TrainedParameter]) -> torch.optim.Optimizer:
         config = self.config
         return HostAdamW(groups(parameters, config), (config.beta1, config.beta2), config.eps)
-
-    def factor(self, step: int, steps: int) -> float:
-        """As `adamw`'s."""
-        return schedule(self.config.schedule, step, steps, self.config.warmup, self.config.min_ratio)
 
 
 class HostAdamW(torch.optim.Optimizer):
