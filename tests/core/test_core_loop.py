@@ -80,11 +80,8 @@ def test_how_a_batch_is_cut_changes_nothing(tmp_path: Path, name: str) -> None:
 # DPO's reference
 
 
-def test_the_reference_is_run_once_a_row_however_many_passes(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Add {i} and 1.", "chosen": f" {i + 1}", "rejected": " 5"} for i in range(10, 16)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = plan_of(algo="dpo", data=str(tmp_path / "pairs.jsonl"), max_steps=None, epochs=3, batch_size=4)
-    run = Run(tmp_path / "run", plan)
+def counted(run: Run) -> list[tuple[str, int]]:
+    """(role, sequences) of every forward, as they come."""
     scored: list[tuple[str, int]] = []
     forward = run.parts.models.forward
 
@@ -95,6 +92,15 @@ def test_the_reference_is_run_once_a_row_however_many_passes(tmp_path: Path) -> 
     run.parts.models = _Counting(run.parts.models, counting)  # type: ignore[assignment]
     run.parts.score._models = run.parts.models
     run.loop._gradient._models = run.parts.models
+    return scored
+
+
+def test_the_reference_is_run_once_a_row_however_many_passes(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Add {i} and 1.", "chosen": f" {i + 1}", "rejected": " 5"} for i in range(10, 16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = plan_of(algo="dpo", data=str(tmp_path / "pairs.jsonl"), max_steps=None, epochs=3, batch_size=4)
+    run = Run(tmp_path / "run", plan)
+    scored = counted(run)
     assert run.loop.steps == 5  # 18 positions: four batches of 4 and one of 2
     run.go()
     assert sum(n for role, n in scored if role == "reference") == 2 * 6
@@ -115,16 +121,7 @@ def test_a_look_at_the_whole_minibatch_costs_no_forward_where_it_is_one_micro_ba
     tmp_path: Path, algo: dict[str, Any], budget: int, times: int
 ) -> None:
     run = Run(tmp_path, plan_of(algo=algo, max_steps=2, batch_size=4, micro_batch_tokens=budget))
-    scored: list[tuple[str, int]] = []
-    forward = run.parts.models.forward
-
-    def counting(requests: Any) -> Any:
-        scored.extend((request.role, len(request.sequences)) for request in requests)
-        return forward(requests)
-
-    run.parts.models = _Counting(run.parts.models, counting)  # type: ignore[assignment]
-    run.parts.score._models = run.parts.models
-    run.loop._gradient._models = run.parts.models
+    scored = counted(run)
     run.go()
     sequences = 2 * 4 * (2 if algo["name"] == "dpo" else 1)  # steps, rows, sequences a row
     assert sum(n for role, n in scored if role == "policy") == times * sequences
