@@ -4,10 +4,13 @@ table.
     python tests/learns.py                              every algorithm, 3 seeds
     python tests/learns.py --only grpo,rloo --seeds 1   some of them
 
-The score is the share of held-out sums that are answered right: of an online algorithm its own held-out reward; of an
-offline one that of its model, sampled like the online ones'. What trains a judge has its held-out accuracy.
+`answers` is the share of held-out sums that are answered right: of an online algorithm its own held-out reward; of an
+offline one that of its model, sampled like the online ones'. What learns from preferences also has the share of
+held-out ones that it holds alike (`preferences`); it is that share which must rise, and above the .5 of guessing: most
+of these losses only part the two answers, and may move both away from what is sampled. What trains a judge has its
+judge's share.
 
-Exit codes: 0 every score rose; 1 one did not; 2 the request was wrong.
+Exit codes: 0 every score that must rise rose; 1 one did not; 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 import rlhf_plugins.starter
 from rlhf.entries import AlgorithmEntry
 from rlhf.registry import load
 
 STARTER = Path(rlhf_plugins.starter.__file__).parent
-JUDGES = {"reward": "reward/accuracy", "prm": "step/accuracy"}
-"""Of those whose model judges: the held-out metric."""
+JUDGES = {"reward": ("preferences", "reward/accuracy"), "prm": ("steps", "step/accuracy")}
+"""Of those whose model judges: what, and the held-out metric."""
 NEEDS = {"distill": "sft", "distill-offline": "sft"}
 """Those that learn from a teacher -> what the teacher is trained by: the example has no larger model."""
 
@@ -72,18 +77,40 @@ def teacher(algo: str, seed: int, threads: int) -> tuple[tempfile.TemporaryDirec
     return kept, Path(kept.name) / "run" / "model"
 
 
-def score(name: str, online: bool, seed: int, threads: int) -> tuple[float, float]:
-    """Before and after one run of little but the algorithm's name and the seed."""
+@attrs.frozen
+class Score:
+    """Before and after one run."""
+
+    what: str
+    before: float
+    after: float
+    rises: bool = True
+    """Whether it must."""
+
+    @property
+    def rose(self) -> bool:
+        least = max(self.before, 0.5) if self.what == "preferences" else self.before
+        return not self.rises or self.after > least
+
+
+def scores(name: str, online: bool, seed: int, threads: int) -> list[Score]:
+    """Of a run of little but the algorithm's name and the seed."""
     words = ["--algo", name, "--seed", str(seed)]
     if name in NEEDS:
         words += ["--model", f"teacher={teacher(NEEDS[name], seed, threads)[1]}"]
     with tempfile.TemporaryDirectory() as folder:
         found = run(Path(folder) / "run", threads, *words)
         before, after = found["heldout_before"], found["heldout_after"]
-        if online or name in JUDGES:
-            measure = JUDGES.get(name, "reward/mean")
-            return before[measure], after[measure]
-        return sampled(STARTER / "model", seed, threads), sampled(Path(folder) / "run" / "model", seed, threads)
+        if online:
+            return [Score("answers", before["reward/mean"], after["reward/mean"])]
+        if name in JUDGES:
+            what, metric = JUDGES[name]
+            return [Score(what, before[metric], after[metric])]
+        answers = sampled(STARTER / "model", seed, threads), sampled(Path(folder) / "run" / "model", seed, threads)
+        _, metric = JUDGES["reward"]
+        if metric not in after:
+            return [Score("answers", *answers)]
+        return [Score("preferences", before[metric], after[metric]), Score("answers", *answers, rises=False)]
 
 
 def main() -> int:
@@ -101,19 +128,22 @@ def main() -> int:
     print("| algorithm | score | " + " | ".join(f"seed {seed}" for seed in seeds) + " | seconds |")
     print("|---|---|" + "---|" * len(seeds) + "---:|", flush=True)
 
-    def row(name: str) -> tuple[str, bool]:
+    def rows(name: str) -> tuple[list[str], bool]:
         begun = time.monotonic()
         online = "rollouts" in known[name].requires
-        found = [score(name, online, seed, threads) for seed in seeds]
-        cells = " | ".join(f"{before:.3f} to {after:.3f}" for before, after in found)
-        what = JUDGES.get(name, "answers")
-        return f"| `{name}` | {what} | {cells} | {time.monotonic() - begun:.0f} |", all(b < a for b, a in found)
+        by_seed = [scores(name, online, seed, threads) for seed in seeds]
+        taken = time.monotonic() - begun
+        found = []
+        for of_all in zip(*by_seed, strict=True):
+            cells = " | ".join(f"{score.before:.3f} to {score.after:.3f}" for score in of_all)
+            found.append(f"| `{name}` | {of_all[0].what} | {cells} | {taken:.0f} |")
+        return found, all(score.rose for of_seed in by_seed for score in of_seed)
 
     rose = True
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        rows: Iterator[tuple[str, bool]] = pool.map(row, names)
-        for text, more in rows:
-            print(text, flush=True)
+        found: Iterator[tuple[list[str], bool]] = pool.map(rows, names)
+        for lines, more in found:
+            print(*lines, sep="\n", flush=True)
             rose &= more
     return 0 if rose else 1
 

@@ -5,6 +5,7 @@ Left out: paged keys and values, compiled graphs, speculative decoding. Engines 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,6 +74,8 @@ class HFEngine(Engine):
         self._module: Any = module
         base: Any = getattr(module, "get_base_model", lambda: module)()  # inside adapters
         self._base = base
+        taken = inspect.signature(base.forward).parameters
+        self._cache_name = "cache" if "cache" in taken else "past_key_values"  # the name in older transformers
         self._codec = policy.codec(spec.model)
         self._compute = spec.compute
         self._device = torch.device(spec.device)
@@ -205,9 +208,9 @@ class HFEngine(Engine):
             input_ids=ids,
             attention_mask=(place >= 0).long(),
             position_ids=place[:, -ids.shape[1] :].clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=last,
+            **{self._cache_name: cache},
         )
         return out.logits[:, -1]  # type: ignore[no-any-return]
 

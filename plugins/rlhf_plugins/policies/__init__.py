@@ -69,7 +69,7 @@ class HFPolicyConfig:
     attention: str = option(
         "auto",
         help="attention implementation of transformers: sdpa, eager, or another it knows, such as flash_attention_2; "
-        "auto is sdpa, and on a CPU a faster one by matrix products",
+        "auto is sdpa where the architecture has it, and on a CPU a faster one by matrix products",
     )
 
 

@@ -50,7 +50,7 @@ class HFPolicy(Policy):
             RequestError: there is no such model, or its weights aren't all those of the head asked for.
         """
         auto = self.config.attention == "auto"
-        model: Any = load_model(spec, "sdpa" if auto else self.config.attention, self.context.world.size)
+        model: Any = load_model(spec, None if auto else self.config.attention, self.context.world.size)
         if auto and spec.device == "cpu" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)
         for parameter in model.parameters():
@@ -180,7 +180,7 @@ class HFPolicy(Policy):
 
     def _again(self, module: Any, spec: LoadSpec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         """A module like one whose parameters are spread, with its weights."""
-        base = load_model(attrs.evolve(spec, device="cpu"), "sdpa", 1)
+        base = load_model(attrs.evolve(spec, device="cpu"), None, 1)
         again: nn.Module = PeftModel(base, module.peft_config[module.active_adapter], module.active_adapter)
         again.load_state_dict(weights)
         return again

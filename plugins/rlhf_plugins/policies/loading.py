@@ -21,11 +21,12 @@ _LM_HEADS = ("lm_head.", "embed_out.")
 
 
 def load_model(
-    spec: LoadSpec, attention: str, world_size: int, unpack: Callable[[nn.Module], nn.Module] | None = None
+    spec: LoadSpec, attention: str | None, world_size: int, unpack: Callable[[nn.Module], nn.Module] | None = None
 ) -> PreTrainedModel:
     """The model on its device; of an adapter's folder, its base with the adapter merged.
 
     Args:
+        attention: of transformers' implementations; None for its choice, `sdpa` where the architecture has it.
         unpack: makes a quantised base a plain one, into which an adapter may then be merged.
 
     Raises:
@@ -69,15 +70,15 @@ def adapter_config(model: str) -> Any:
         return None
 
 
-def _load(spec: LoadSpec, model: str, attention: str) -> tuple[Any, set[str], set[str]]:
+def _load(spec: LoadSpec, model: str, attention: str | None) -> tuple[Any, set[str], set[str]]:
     """(the model, names of missing weights, names of unexpected ones)."""
     auto: Any = AutoModelForCausalLM if spec.head == "lm" else AutoModelForSequenceClassification
     arguments: dict[str, Any] = {
         "dtype": spec.weights,
-        "attn_implementation": attention,
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": True,  # never unpickle
         "output_loading_info": True,
+        **({} if attention is None else {"attn_implementation": attention}),
         **({"num_labels": 1} if spec.head == "scalar" else {}),
         **spec.arguments,
     }
