@@ -330,7 +330,9 @@ class Loop:
 
     def _tell_uncorrected(self, batch: Batch) -> None:
         """A loss that learns from another distribution's samples as if they were the policy's; told once."""
-        if not batch.corrected and "policy" in self._gradient.asked and self._uncorrected is None:
+        if batch.corrected or self.parts.algorithm.off_policy:
+            return
+        if "policy" in self._gradient.asked and self._uncorrected is None:
             self._uncorrected = f"the loss of {self.parts.plan.algo.name} takes no account of batch.importance"
             self.say(f"note: {self._uncorrected}: the engine's samples aren't quite the policy's own")
 

@@ -69,7 +69,7 @@ class Report:
             return cls(1, message=str(error), lost=isinstance(error, RankLost))
         if isinstance(error, Interrupted):
             return cls(130, message=str(error))
-        return cls(1, message="".join(traceback.format_exception(error)).rstrip())
+        return cls(1, message=trace(error))
 
     def error(self, rank: int) -> BaseException:
         """The exception again. Of a wrong request or an interruption all ranks say the same; else the rank is named."""
@@ -78,6 +78,23 @@ class Report:
         if self.code == 130:
             return Interrupted(self.message)
         return RunError(f"rank {rank}: {self.message}")
+
+
+def trace(error: BaseException) -> str:
+    """A fault's trace as Python prints it. Where a plugin's code is on the way, it begins there, and says how much of
+    what led to it is left out; RLHF_TRACEBACK=full leaves out nothing."""
+    from rlhf.registry import packages
+
+    found = traceback.TracebackException.from_exception(error)
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    of_rank = max((i for i, name in enumerate(modules) if name in (__name__, "__main__")), default=len(modules))
+    plugins = set(packages())
+    first = next((i for i in range(of_rank, len(modules)) if modules[i].partition(".")[0] in plugins), 0)
+    left_out = ""
+    if first and os.environ.get("RLHF_TRACEBACK") != "full":
+        del found.stack[:first]
+        left_out = f"\n({first} calls that led to it are left out; RLHF_TRACEBACK=full shows them)"
+    return "".join(found.format()).rstrip() + left_out
 
 
 def carry_out(job: Job, say: Say) -> int:

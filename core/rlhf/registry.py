@@ -15,7 +15,7 @@ import attrs
 import pluggy
 
 from rlhf import API_VERSION
-from rlhf.entries import KINDS, NONE, Entry, StarterEntry
+from rlhf.entries import KINDS, NONE, AlgorithmEntry, Entry, StarterEntry
 from rlhf.errors import Problem, RequestError
 from rlhf.hooks import GROUP, HOOK_OF_KIND, Hooks
 from rlhf.options import fields, nearest
@@ -138,6 +138,8 @@ def _check(entry: Entry) -> str:
         return f"{NONE!r} is no legal name: it stands for no component"
     if entry.impl.count(":") != 1:
         return f"impl must read 'module:Class', not {entry.impl!r}"
+    if isinstance(entry, AlgorithmEntry) and "rollouts" not in entry.requires and entry.data is None:
+        return "its requires doesn't name 'rollouts', so it samples nothing, and data must say what rows it reads"
     if entry.config is not None and not attrs.has(entry.config):
         return f"config must be an attrs class, not {entry.config!r}"
     rank: object = entry.rank  # a plugin's author may not use mypy
@@ -292,7 +294,29 @@ def resolve(component: Component) -> Any:
     wanted = _class_of(component.kind)
     if not (isinstance(found, type) and issubclass(found, wanted)):
         raise RequestError(Problem(f"{where} is no class that derives from rlhf.api.{wanted.__name__}", fix))
+    if near := _misspelt(found, wanted):
+        own, meant = near
+        what = f"{where} defines `{own}`, which nothing calls, beside rlhf.api.{wanted.__name__}'s own `{meant}`"
+        raise RequestError(Problem(what, f"call it `{meant}`, or if it is a helper, `_{own}`"))
     return found
+
+
+def _misspelt(found: type[Any], wanted: type[Any]) -> tuple[str, str] | None:
+    """(a method of a plugin's own, what it is one letter away from and hasn't got otherwise)."""
+    ours = {name for name in dir(wanted) if not name.startswith("_")}
+    own = {name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name, None))} - ours
+    left = [name for name in sorted(ours) if getattr(found, name, None) is getattr(wanted, name, None)]
+    return next(((name, meant) for name in sorted(own) for meant in left if _one_letter(name, meant)), None)
+
+
+def _one_letter(a: str, b: str) -> bool:
+    """One letter more, less or other, or two that changed places."""
+    short, long = sorted((a, b), key=len)
+    if len(short) < len(long):
+        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+    other = [i for i in range(len(a)) if len(a) == len(b) and a[i] != b[i]]
+    crossed = len(other) == 2 and other[1] == other[0] + 1 and a[other[0]] == b[other[1]] and a[other[1]] == b[other[0]]
+    return len(other) == 1 or crossed
 
 
 def _class_of(kind: str) -> type[Any]:

@@ -142,6 +142,13 @@ def test_a_loss_that_takes_no_account_of_them_is_told_of_once(tmp_path: Path, mo
     ]
 
 
+def test_a_loss_that_holds_for_any_samples_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_plugins.algorithms.ppo.policy_mean", token_mean)
+    monkeypatch.setattr("rlhf_plugins.algorithms.ppo.PPO.off_policy", True)
+    _, _, said = run(tmp_path, off_by(0.1))
+    assert not any("importance" in line for line in said)
+
+
 def test_while_only_the_critic_learns_nothing_is_missed(tmp_path: Path) -> None:
     _, _, said = run(tmp_path, off_by(0.1), algo={"name": "ppo", "epochs": 1, "critic_warmup": 9})
     assert not any("importance" in line for line in said)

@@ -180,6 +180,19 @@ def test_an_ill_made_entry_is_fatal_only_when_it_is_asked_for(
     assert unharmed(registry, installed)
 
 
+def test_an_algorithm_that_neither_samples_nor_names_rows_is_told_so(site: Site, installed: Registry) -> None:
+    entry = "AlgorithmEntry(name='fake-bad', summary='s', impl='a:B', requires={requires})"
+    hook = HEAD + "@hookimpl\ndef rlhf_algorithms():\n    yield " + entry + "\n"
+    site.install("fake-bad", hook.format(requires="'logprobs'"))
+    site.install("fake-good", hook.replace("fake-bad", "fake-good").format(requires="'rollouts'"))
+    registry = registries.load()
+    reason = "its requires doesn't name 'rollouts', so it samples nothing, and data must say what rows it reads"
+    assert [offer.reason for offer in of(registry, "fake-bad")] == [reason]
+    assert reason in warned(registry, "fake-bad")
+    assert [offer.status for offer in of(registry, "fake-good")] == ["ok"]
+    assert unharmed(registry, installed)
+
+
 def test_an_entry_point_name_that_is_taken_is_told_with_both_distributions(site: Site) -> None:
     site.install("fake-first", GOOD.format(name="fake-one"), point="same")
     site.install("fake-second", GOOD.format(name="fake-two"), point="same")
@@ -322,6 +335,37 @@ def test_an_implementation_that_cannot_be_used(site: Site, source: str, reason: 
     assert problem.what.startswith(where + reason)
     assert problem.fix == "install fake-package again, or tell its author"
     assert (caught.value.__cause__ is not None) == ("imported" in reason)  # the traceback is for its author
+
+
+@pytest.mark.parametrize(
+    ("own", "meant"),
+    [("checks", "check"), ("chec", "check"), ("chick", "check"), ("hceck", "check"), ("stats", "state")],
+)
+def test_a_method_one_letter_away_from_what_would_be_called(site: Site, own: str, meant: str) -> None:
+    entry = RewardEntry(name="fake-judge", summary="", impl="fake_plugin_impl:Thing")
+    head = "from rlhf.api import Reward\n\nclass Thing(Reward):\n"
+    source = head + f"    def {own}(self, rollouts): return []\n"
+    (site.folder / "fake_plugin_impl.py").write_text(source)
+    with pytest.raises(RequestError) as caught:
+        resolve(Component(entry, None, "", "fake-package", "1.2"))
+    (problem,) = caught.value.problems
+    assert f"defines `{own}`, which nothing calls, beside rlhf.api.Reward's own `{meant}`" in problem.what
+    assert problem.fix == f"call it `{meant}`, or if it is a helper, `_{own}`"
+
+
+@pytest.mark.parametrize("own", ["_checks", "recheck", "hcekc", "verdict"])
+def test_a_helper_of_another_name_is_nobodys_affair(site: Site, own: str) -> None:
+    entry = RewardEntry(name="fake-judge", summary="", impl="fake_plugin_impl:Thing")
+    head = "from rlhf.api import Reward\n\nclass Thing(Reward):\n"
+    (site.folder / "fake_plugin_impl.py").write_text(head + f"    def {own}(self, rollouts): return []\n")
+    assert resolve(Component(entry)).__name__ == "Thing"
+
+
+def test_beside_the_method_itself_one_like_it_is_a_helper(site: Site) -> None:
+    entry = RewardEntry(name="fake-judge", summary="", impl="fake_plugin_impl:Thing")
+    head = "from rlhf.api import Reward\n\nclass Thing(Reward):\n    def judge(self, rollouts, score): return []\n"
+    (site.folder / "fake_plugin_impl.py").write_text(head + "    def judges(self): return []\n")
+    assert resolve(Component(entry)).__name__ == "Thing"
 
 
 def test_an_implementation_that_is_not_there() -> None:

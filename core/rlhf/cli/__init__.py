@@ -111,9 +111,12 @@ def _main(arguments: list[str], asked: signals.Asked) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception:  # of any kind: a library that is interrupted may make an error of its own of it
-        if asked.number is None:
-            raise  # nobody interrupted: a fault, which keeps its trace
+    except Exception as error:  # of any kind: a library that is interrupted may make an error of its own of it
+        if asked.number is None:  # nobody interrupted: a fault
+            from rlhf.rank import trace
+
+            click.echo(trace(error), err=True)
+            sys.exit(1)
         say("interrupted")
         sys.exit(130)
 

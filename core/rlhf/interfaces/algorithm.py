@@ -53,6 +53,10 @@ class Algorithm(Component):
     unit: ClassVar[Literal["sequence", "group"]] = "sequence"
     """What a micro-batch must not cut: nothing, or a group (the loss compares its members)."""
 
+    off_policy: ClassVar[bool] = False
+    """Whether the loss holds for samples of any distribution, as a regression's does. Else one that learns from samples
+    takes account of `batch.importance`, as `policy_mean` does, and the user is told where it doesn't."""
+
     step: int = 0
     """Steps done; set by the loop."""
 

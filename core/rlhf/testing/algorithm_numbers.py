@@ -248,6 +248,16 @@ class AlgorithmNumbers(Contract):
         except Exception as error:
             broken(f"with groups of the batch left out it fails: {type(error).__name__}: {error}")
 
+    def test_it_requires_what_it_asks_for(self, rlhf_kit: Kit) -> None:
+        """Beside an engine that can't say how likely its samples were, a plan is refused, and no run fails."""
+        from rlhf.testing.table import Table
+
+        table = Table(self.roles(rlhf_kit))
+        self.experience(rlhf_kit, self.algorithm(rlhf_kit), table)
+        named = "logprobs" in self.entry(rlhf_kit).requires
+        fix = "its entry's `requires` must name 'logprobs', so that engines without are refused"
+        require(named or not table.logp_old_asked, f"it asks score.logp_old how likely its samples were: {fix}")
+
     def test_samples_of_another_distribution_are_corrected_for(self, rlhf_kit: Kit) -> None:
         """A loss that asks how likely the samples were takes account of `batch.importance`."""
         import torch
@@ -260,10 +270,13 @@ class AlgorithmNumbers(Contract):
         experience = self.experience(rlhf_kit, algorithm, table)
         if not table.logp_old_asked:
             pytest.skip("it doesn't ask how likely its samples were")
+        if algorithm.off_policy:
+            pytest.skip("it says that its loss holds for samples of any distribution: off_policy")
         weights = 1.0 + 0.5 * torch.sin(torch.arange(len(experience.sequences.tokens), dtype=torch.float32))
         weighted = Experience(experience, {"importance": weights})
         learnt = learn(algorithm, table, weighted, self.pieces(algorithm, experience, whole=True))
         fix = "say policy_mean in place of token_mean, or multiply by batch.importance"
+        fix += "; of a loss that holds for any samples, off_policy = True"
         require(learnt.corrected, f"it learns from what another distribution sampled as from its own: {fix}")
 
     def test_state_is_plain_and_complete(self, rlhf_kit: Kit) -> None:

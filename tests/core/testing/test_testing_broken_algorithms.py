@@ -21,6 +21,7 @@ NUMBERS = {
     "own-whitening": {RANKS: BY_RANK},
     "needs-rows": {"test_a_rank_may_have_no_rows": "one without any rows, one fails: RuntimeError: max()"},
     "uncorrected": {"test_samples_of_another_distribution_are_corrected_for": "say policy_mean in place of"},
+    "unrequired": {"test_it_requires_what_it_asks_for": "its entry's `requires` must name 'logprobs'"},
     "forgetful": {"test_state_is_plain_and_complete": "after its state is restored it goes on otherwise"},
     "unsaved": {"test_state_is_plain_and_complete": "state '/done' is a set: only JSON values and tensors"},
     "by-place": {ORDER: "the order of groups in the batch changes 'advantages'", RANKS: BY_RANK},
@@ -48,7 +49,7 @@ def test_each_fails_for_its_own_reason(name: str, broken: Callable[..., Outcome]
     for test, reason in NUMBERS[name].items():
         assert test in found and reason in found.pop(test)
     assert not found
-    assert len(outcome) == 17
+    assert len(outcome) == 18
 
 
 @pytest.mark.parametrize("name", RUNS)

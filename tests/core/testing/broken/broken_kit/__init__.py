@@ -68,15 +68,19 @@ def rlhf_algorithms() -> Iterator[AlgorithmEntry]:
         )
     yield AlgorithmEntry(
         name="broken-undocumented", summary="has an option without help", config=UndocumentedConfig,
-        impl="broken_kit.algorithms:Plain", requires={"rollouts"},
+        impl="broken_kit.algorithms:Plain", requires={"rollouts", "logprobs"},
     )  # fmt: skip
     yield AlgorithmEntry(
         name="broken-changing", summary="has options that can be changed", config=ChangingConfig,
-        impl="broken_kit.algorithms:Plain", requires={"rollouts"},
+        impl="broken_kit.algorithms:Plain", requires={"rollouts", "logprobs"},
     )  # fmt: skip
     yield AlgorithmEntry(
         name="broken-kind", summary="names another class", impl="broken_kit.algorithms:Nothing", requires={"rollouts"}
     )
+    yield AlgorithmEntry(
+        name="broken-unrequired", summary="asks for log-probs that it doesn't require", config=GroupConfig,
+        impl="broken_kit.algorithms:Plain", requires={"rollouts"},
+    )  # fmt: skip
     yield AlgorithmEntry(name="broken-api", summary="of a later API", impl="broken_kit.algorithms:Plain", api_version=2)
     yield AlgorithmEntry(
         name="broken-worse", summary="learns what is bad", impl="broken_kit.algorithms:Worse", data=LabelledRow
