@@ -5,10 +5,10 @@ table.
     python tests/learns.py --only grpo,rloo --seeds 1   some of them
 
 `answers` is the share of held-out sums that are answered right: of an online algorithm its own held-out reward; of an
-offline one that of its model, sampled like the online ones'. What learns from preferences also has the share of
-held-out ones that it holds alike (`preferences`); it is that share which must rise, and above the .5 of guessing: most
-of these losses only part the two answers, and may move both away from what is sampled. What trains a judge has its
-judge's share.
+offline one that of its model, sampled like the online ones'. What learns from preferences has the mean `margin` by
+which it holds the held-out ones, in its loss's own units, and that must rise; the answers are shown, and may not: most
+of these losses only part two answers, and may move both away from what is sampled. What trains a judge has the share
+that it judges right.
 
 Exit codes: 0 every score that must rise rose; 1 one did not; 2 the request was wrong.
 """
@@ -35,8 +35,9 @@ from rlhf.entries import AlgorithmEntry
 from rlhf.registry import load
 
 STARTER = Path(rlhf_plugins.starter.__file__).parent
-JUDGES = {"reward": ("preferences", "reward/accuracy"), "prm": ("steps", "step/accuracy")}
+JUDGES = {"reward": ("judged right", "reward/accuracy"), "prm": ("judged right", "step/accuracy")}
 """Of those whose model judges: what, and the held-out metric."""
+MARGIN = "reward/margin"
 NEEDS = {"distill": "sft", "distill-offline": "sft"}
 """Those that learn from a teacher -> what the teacher is trained by: the example has no larger model."""
 
@@ -89,8 +90,7 @@ class Score:
 
     @property
     def rose(self) -> bool:
-        least = max(self.before, 0.5) if self.what == "preferences" else self.before
-        return not self.rises or self.after > least
+        return not self.rises or self.after > self.before
 
 
 def scores(name: str, online: bool, seed: int, threads: int) -> list[Score]:
@@ -107,10 +107,9 @@ def scores(name: str, online: bool, seed: int, threads: int) -> list[Score]:
             what, metric = JUDGES[name]
             return [Score(what, before[metric], after[metric])]
         answers = sampled(STARTER / "model", seed, threads), sampled(Path(folder) / "run" / "model", seed, threads)
-        _, metric = JUDGES["reward"]
-        if metric not in after:
+        if MARGIN not in after:
             return [Score("answers", *answers)]
-        return [Score("preferences", before[metric], after[metric]), Score("answers", *answers, rises=False)]
+        return [Score("margin", before[MARGIN], after[MARGIN]), Score("answers", *answers, rises=False)]
 
 
 def main() -> int:

@@ -102,7 +102,7 @@ def rlhf_starters() -> Iterable[Any]:
         with_model={**tiny, "optim.learning_rate": 1e-3},
         # So short a run needs targets that follow fast; and half of its completions shouldn't be imitated.
         with_both={
-            "epochs": 4.0,
+            "epochs": 8.0,
             "batch_size": 128,
             "eval_rows": 512,
             "algo.polyak": 0.1,
