@@ -143,7 +143,7 @@ def arguments(case: Case, model: Path, folder: Path, scale: Scale) -> list[str]:
     data = folder / f"{case.algo}.jsonl"
     if not data.exists():
         whole = folder / "all.jsonl"
-        write_rows(whole, scale.rows * 2, scale.words)
+        write_rows(whole, scale.rows * scale.steps, scale.words)
         rows = [json.loads(line) for line in whole.read_text().splitlines()]
         data.write_text("".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in rows))
     online = (
@@ -153,7 +153,8 @@ def arguments(case: Case, model: Path, folder: Path, scale: Scale) -> list[str]:
     )
     return [
         "--algo", case.algo, "--mem", case.mem, "--model", str(model), "--data", str(data),
-        "--batch-size", str(scale.rows), "--max-steps", "2", "--save-every", "2", "--eval-rows", "0", *online,
+        "--batch-size", str(scale.rows), "--max-steps", str(scale.steps), "--save-every", str(scale.steps),
+        "--eval-rows", "0", *online,
         *case.more, *(("--nproc", str(case.ranks)) if case.ranks > 1 else ()),
     ]  # fmt: skip
 
@@ -164,6 +165,7 @@ class Scale:
 
     rows: int = 4
     words: int = 32
+    steps: int = 2
 
 
 def measure(cases: Sequence[Case], model: Path, folder: Path, scale: Scale) -> Iterator[Truth]:
