@@ -22,7 +22,6 @@ from rlhf.api import (
     Rollouts,
     RowError,
     Score,
-    Sequences,
 )
 from rlhf_plugins.rewards import samples
 from rlhf_plugins.vocabulary import same_vocabulary
@@ -64,17 +63,7 @@ class RewardModel(Reward):
             if longest is not None and not isinstance(one, Failed) and len(one[0]) + len(one[1]) > longest:
                 encoded[i] = Failed(f"{len(one[0]) + len(one[1])} tokens; the reward model reads at most {longest}")
         readable = [one for one in encoded if not isinstance(one, Failed)]
-        scores: list[float] = []
-        if readable:
-            prompts = {id(prompt): prompt for prompt, _ in readable}  # a group's once
-            place = {key: u for u, key in enumerate(prompts)}
-            sequences = Sequences.of(
-                list(prompts.values()),
-                [response for _, response in readable],
-                prompt_of=[place[id(prompt)] for prompt, _ in readable],
-            )
-            scores = score(sequences, self._role.name).score.tolist()
-        in_order = iter(scores)
+        in_order = iter(score(samples.sequences(rollouts, readable), self._role.name).score.tolist())
         return [one if isinstance(one, Failed) else next(in_order) for one in encoded]
 
     @staticmethod

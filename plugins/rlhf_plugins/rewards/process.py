@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.api import Context, Failed, Reward, Rollouts, RowError, Score, Sequences
+from rlhf.api import Context, Failed, Reward, Rollouts, RowError, Score
 from rlhf_plugins import steps
 from rlhf_plugins.functional.ragged import after_tokens
 from rlhf_plugins.rewards import samples
@@ -41,9 +41,7 @@ class ProcessRewardModel(Reward):
                 found.append(0.0)  # of those read, in order, below
             except RowError as error:
                 found.append(Failed(f"the process reward model can't read it: {error}"))
-        if not readable:
-            return found
-        sequences = Sequences.of([prompt for prompt, _, _ in readable], [response for _, response, _ in readable])
+        sequences = samples.sequences(rollouts, [(prompt, response) for prompt, response, _ in readable])
         scores = score(sequences, self._role.name)
         right = torch.sigmoid(after_tokens(scores.values, scores.score, sequences.lengths))  # [N]
         ends = [end for _, _, end in readable]

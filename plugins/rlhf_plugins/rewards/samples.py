@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.api import Rollouts
+import torch
+from torch import Tensor
+
+from rlhf.api import Rollouts, Sequences
 
 
 def name(rollouts: Rollouts, i: int) -> str:
@@ -24,3 +27,20 @@ def columns(rollouts: Rollouts, i: int) -> Mapping[str, Any]:
 def prompt(rollouts: Rollouts, i: int) -> Any:
     """The prompt as the data has it: text, or chat messages; without the policy's template where the row tells."""
     return getattr(rollouts.rows[i], "prompt", rollouts.prompts[i])
+
+
+def sequences(rollouts: Rollouts, readable: Sequence[tuple[Tensor, Tensor]]) -> Sequences:
+    """What a judging model is to score, a prompt object that several share once.
+
+    Of nothing, sequences without rows: scores are asked for all the same, since a model that is spread over ranks
+    answers all of them together.
+
+    Args:
+        readable: int64 [P] prompt and int64 [R] response of each sample that can be read.
+    """
+    if not readable:
+        return rollouts.sequences.select(torch.zeros(0, dtype=torch.long))
+    prompts = {id(prompt): prompt for prompt, _ in readable}
+    place = {key: u for u, key in enumerate(prompts)}
+    of = [place[id(prompt)] for prompt, _ in readable]
+    return Sequences.of(list(prompts.values()), [response for _, response in readable], prompt_of=of)

@@ -51,7 +51,7 @@ class Counts:
     def __call__(self, of: Sequences, role: str, *, entropy: bool = False) -> Scores:
         assert role == "prm"
         self.asked.append(of)
-        values = torch.cat([torch.arange(float(n)) for n in of.lengths.tolist()])
+        values = torch.cat([torch.zeros(0), *(torch.arange(float(n)) for n in of.lengths.tolist())])
         return Scores(role, values_=values, score_=of.lengths.float())
 
 
@@ -95,8 +95,9 @@ def test_a_run_is_judged_by_it(trained: str, tiny_model: Path) -> None:
     assert len(found) == 2 and all(0 < one < 1 for one in found) and found[0] <= found[1] + 1e-6  # the first is a part
 
 
-def test_nothing_readable_is_no_forward(trained: str, tiny_model: Path) -> None:
+def test_of_nothing_readable_scores_are_asked_for_all_the_same(trained: str, tiny_model: Path) -> None:
     parts = parts_of(algo="grpo", model=str(tiny_model), roles={"prm": {"model": trained}}, reward="prm")
     assert parts.sampler is not None
     score = Counts()
-    assert isinstance(judged(parts.sampler.sources[0].reward, score, "")[0], Failed) and not score.asked
+    assert isinstance(judged(parts.sampler.sources[0].reward, score, "")[0], Failed)
+    assert [len(of) for of in score.asked] == [0]  # by every rank: others may have some
