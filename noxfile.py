@@ -174,7 +174,7 @@ def contrib(session: nox.Session) -> None:
 
 @nox.session
 def learns(session: nox.Session) -> None:
-    """Every online algorithm on the embedded task, 3 seeds: a table of held-out scores; half an hour on two cores."""
+    """Every algorithm on the embedded task, 3 seeds: a table of scores, docs/learning.md; an hour on two cores."""
     session.install(*INSTALL)
     session.run("python", "tests/learns.py", *session.posargs)
 
@@ -184,6 +184,13 @@ def planning(session: nox.Session) -> None:
     """What `rlhf plan` says of a run's memory beside what the run held, on SmolLM2's shape: docs/planning.md."""
     session.install(*INSTALL)
     session.run("python", "tests/planning/truth.py", *session.posargs)
+
+
+@nox.session
+def planning_times(session: nox.Session) -> None:
+    """What `rlhf plan` says of a step's seconds beside what it took; ten minutes in which nothing else should run."""
+    session.install(*INSTALL)
+    session.run("python", "tests/planning/times.py", *session.posargs)
 
 
 @nox.session
