@@ -23,6 +23,7 @@ from rlhf_plugins.engines.vllm import entry
 from rlhf_plugins.engines.vllm.entry import Cache, VLLMConfig, cache_bytes, longest_sequence
 from rlhf_plugins.engines.vllm.spread import legal_sizes
 
+SPREAD = ("--engine.place", "beside", "--engine.tensor-parallel-size")
 GPU = Machine(16, frozenset(), 128 << 30, (Gpu("fake-gpu", 80 << 30, (9, 0)),), 1)
 
 
@@ -110,6 +111,23 @@ def test_the_way_of_sync_is_told(plan_of: Callable[..., Plan], monkeypatch: pyte
     assert "rank over 512" in way(plan_of("--mem", "lora", "--mem.lora.rank", "513", on=GPU))
 
 
+def test_what_carries_weights_is_told(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    def carrier(*words: str, **more: Any) -> list[str]:
+        return [note for note in plan_of(*words, **more).notes if note.startswith("--engine.place")]
+
+    url = ("--engine.place", "server", "--engine.url", "http://host:1")
+    host = "weights go through shared memory where both see the same, else as bodies of requests; that is tried"
+    assert carrier() == []
+    assert carrier("--engine.place", "beside") == [f"--engine.place beside: {host}"]
+    assert carrier(*url) == [f"--engine.place server: {host}"]
+    monkeypatch.setattr(entry, "_builds", lambda: frozenset({"vllm"}))
+    (ipc,) = carrier("--engine.place", "beside", on=GPU)
+    assert "the same GPU (CUDA IPC)" in ipc and "shared memory" not in ipc
+    (spread,) = carrier(*SPREAD, "2", on=attrs.evolve(GPU, gpus=GPU.gpus * 2))
+    assert host in spread and "other GPUs than the trainer" in spread
+    assert carrier(*url, on=GPU) == [f"--engine.place server: {host}"]
+
+
 @pytest.mark.parametrize(
     ("words", "what", "fix"),
     [
@@ -191,9 +209,6 @@ def test_the_plan_counts_what_vllm_holds(plan_of: Callable[..., Plan]) -> None:
     }
     assert phases["update"]["vLLM's weights"] == 567_296 * 4
     assert phases["update"]["KV cache"] == 2 * other["update"]["KV cache"] == 128 * (512 + 64) * 2 * 2 * 4 * 32 * 4
-
-
-SPREAD = ("--engine.place", "beside", "--engine.tensor-parallel-size")
 
 
 def test_a_model_is_spread_where_there_is_room_for_its_workers(

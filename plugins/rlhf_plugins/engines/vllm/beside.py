@@ -76,10 +76,12 @@ class Beside(Server):
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         self._name = f"{name or 'the vLLM beside'} (process {self._process.pid})"
+        alone = settings.arguments.get("tensor_parallel_size", 1) == 1  # workers have their weights by way of the host
+        gpu = device if device.startswith("cuda") and alone else ""
         told = {"settings": attrs.asdict(settings), "token": token, "sampler": sampler}
         try:
             port = self._told(json.dumps(told) + "\n", deadlines.start)
-            super().__init__(f"http://127.0.0.1:{port}", token, {}, deadlines, name=self._name, again=again)
+            super().__init__(f"http://127.0.0.1:{port}", token, {}, deadlines, name=self._name, again=again, gpu=gpu)
         except BaseException:
             self._kill()
             raise

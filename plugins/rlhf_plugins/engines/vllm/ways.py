@@ -52,7 +52,23 @@ def no_adapter(plan: Plan) -> str | None:
     return None
 
 
+def carrier_of(plan: Plan, config: Any) -> Way | None:
+    """What carries weights to another process; None where there is none."""
+    if config.place == "inside":
+        return None
+    memory = "through shared memory where both see the same, else as bodies of requests; that is tried"
+    if config.place == "server":
+        return Way("host", memory)
+    if "cuda" not in plan.machine.provides:
+        return Way("host", memory)
+    if config.tensor_parallel_size > 1:
+        return Way("host", f"{memory}. The engine's workers have other GPUs than the trainer")
+    return Way("cuda-ipc", "from the trainer's GPU memory to the engine's, which has the same GPU (CUDA IPC)")
+
+
 def notes(plan: Plan, component: PlannedComponent) -> Iterator[str]:
     """What a plan tells of it."""
-    way = way_of(plan, component.config)
+    way, carrier = way_of(plan, component.config), carrier_of(plan, component.config)
     yield f"--engine.sync {way.name}: {way.why}"
+    if carrier is not None:
+        yield f"--engine.place {component.config.place}: weights go {carrier.why}"

@@ -3,8 +3,10 @@
     GET  /health        who it is, what it does, which weights it holds
     POST /open          start a vLLM like this, or go on with the one that is like this
     POST /shared        whether it sees a file of this host's shared memory
+    POST /shared/gpu    whether it sees a buffer in the memory of a GPU
     POST /load          weights, or an adapter, begin to come
     POST /load/file     some of them, in a file of shared memory
+    POST /load/gpu      some of them, in a buffer of a GPU's memory
     POST /load/body     some of them, as the body; which load: the header X-Load
     POST /load/end      that was all
     POST /sample        responses
