@@ -15,13 +15,15 @@ from rlhf import registry as registries
 from rlhf.cli import main
 from rlhf.compose import compose
 from rlhf.errors import RequestError
-from rlhf.facts import Gpu, Machine
+from rlhf.facts import Gpu, Machine, ModelFacts
 from rlhf.plan import Plan
 from rlhf.recipe import Recipe
 from rlhf.registry import Registry
 from rlhf_plugins.engines.vllm import entry
 from rlhf_plugins.engines.vllm.entry import Cache, VLLMConfig, cache_bytes, longest_sequence
+from rlhf_plugins.engines.vllm.spread import legal_sizes
 
+SPREAD = ("--engine.place", "beside", "--engine.tensor-parallel-size")
 GPU = Machine(16, frozenset(), 128 << 30, (Gpu("fake-gpu", 80 << 30, (9, 0)),), 1)
 
 
@@ -109,6 +111,23 @@ def test_the_way_of_sync_is_told(plan_of: Callable[..., Plan], monkeypatch: pyte
     assert "rank over 512" in way(plan_of("--mem", "lora", "--mem.lora.rank", "513", on=GPU))
 
 
+def test_what_carries_weights_is_told(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    def carrier(*words: str, **more: Any) -> list[str]:
+        return [note for note in plan_of(*words, **more).notes if note.startswith("--engine.place")]
+
+    url = ("--engine.place", "server", "--engine.url", "http://host:1")
+    host = "weights go through shared memory where both see the same, else as bodies of requests; that is tried"
+    assert carrier() == []
+    assert carrier("--engine.place", "beside") == [f"--engine.place beside: {host}"]
+    assert carrier(*url) == [f"--engine.place server: {host}"]
+    monkeypatch.setattr(entry, "_builds", lambda: frozenset({"vllm"}))
+    (ipc,) = carrier("--engine.place", "beside", on=GPU)
+    assert "the same GPU (CUDA IPC)" in ipc and "shared memory" not in ipc
+    (spread,) = carrier(*SPREAD, "2", on=attrs.evolve(GPU, gpus=GPU.gpus * 2))
+    assert host in spread and "other GPUs than the trainer" in spread
+    assert carrier(*url, on=GPU) == [f"--engine.place server: {host}"]
+
+
 @pytest.mark.parametrize(
     ("words", "what", "fix"),
     [
@@ -119,7 +138,8 @@ def test_the_way_of_sync_is_told(plan_of: Callable[..., Plan], monkeypatch: pyte
         (("--engine.max-new-tokens", "512"), "the model's context is 512", "at most 511"),
         (("--engine.max-model-len", "513"), "the model's context is 512", "at most 512"),
         (("--engine.max-model-len", "8"), "no room for a prompt", "at most 7"),
-        (("--engine.tensor-parallel-size", "2"), "an engine of its own", "leave it out"),
+        (("--engine.tensor-parallel-size", "2"), "inside, each rank has an engine", "--engine.place beside"),
+        (("--engine.place", "beside", "--engine.tensor-parallel-size", "3"), "into 3 equal parts", "one of 1, 2, 4"),
         (("--engine.sleep",), "this machine has none", "leave it out"),
         (("--engine.sync", "nccl"), "must be one of auto, adapter, reload", ""),
     ],
@@ -189,3 +209,54 @@ def test_the_plan_counts_what_vllm_holds(plan_of: Callable[..., Plan]) -> None:
     }
     assert phases["update"]["vLLM's weights"] == 567_296 * 4
     assert phases["update"]["KV cache"] == 2 * other["update"]["KV cache"] == 128 * (512 + 64) * 2 * 2 * 4 * 32 * 4
+
+
+def test_a_model_is_spread_where_there_is_room_for_its_workers(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plan_of(*SPREAD, "2").engine is not None
+    url = ("--engine.url", "http://host:1")
+    assert plan_of("--engine.place", "server", *url, "--engine.tensor-parallel-size", "2").engine is not None
+    monkeypatch.setattr(entry, "_builds", lambda: frozenset({"vllm"}))
+    two, four = (attrs.evolve(GPU, gpus=GPU.gpus * count) for count in (2, 4))
+    assert plan_of(*SPREAD, "2", on=two).engine is not None
+    told = refusals(plan_of, *SPREAD, "2", "--nproc", "2", on=two)
+    assert "2 ranks have an engine each, which takes 4 GPUs, and there are 2 | 1 at most" in told
+    assert plan_of(*SPREAD, "2", "--nproc", "2", on=four).engine is not None
+    assert plan_of("--engine.place", "server", *url, "--engine.tensor-parallel-size", "2", on=GPU).engine is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "legal"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, (1, 2, 4, 8)),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, (1, 2, 4, 12)),  # of 6, two would share 1.5 heads
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152}, (1, 3)),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1024}, (1,)),
+        ({"num_attention_heads": 6, "vocab_size": 100}, (1, 2)),  # filled up to 128 rows
+        ({"n_head": 4}, (1, 2, 4)),
+        ({}, ()),
+    ],
+)
+def test_sizes_that_a_model_can_be_split_into(
+    plan_of: Callable[..., Plan], config: dict[str, int], legal: tuple[int, ...]
+) -> None:
+    plan = plan_of()
+    role = attrs.evolve(plan.role("policy"), model=ModelFacts("m", config))
+    plan = attrs.evolve(plan, roles=tuple(role if other.name == "policy" else other for other in plan.roles))
+    assert legal_sizes(plan) == legal
+
+
+def test_workers_share_what_the_plan_counts(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a GPU of its own; a CPU's memory they have together."""
+    from rlhf.planning.phases import predict
+
+    def held(*words: str, **more: Any) -> dict[str, float]:
+        found = {phase.phase: phase.device for phase in predict(plan_of("--mem", "fp32", *words, **more)).phases}
+        return {name: found["update"][name] for name in ("vLLM's weights", "KV cache")}
+
+    assert held(*SPREAD, "2") == held(*SPREAD, "1") == held()
+    monkeypatch.setattr(entry, "_builds", lambda: frozenset({"vllm"}))
+    two = attrs.evolve(GPU, gpus=GPU.gpus * 2)
+    assert held(*SPREAD, "2", on=two)["vLLM's weights"] == held(*SPREAD, "1", on=two)["vLLM's weights"] / 2
+    assert sum(held(*SPREAD, "2", on=two).values()) == pytest.approx(0.3 * GPU.gpus[0].memory_bytes)

@@ -340,11 +340,11 @@ def test_who_is_no_server_of_ours(running: Callable[..., Running], monkeypatch: 
     with pytest.raises(EngineLost, match=r"waited 0\.3 s for it to start"):  # one that was there may come back
         Server("http://127.0.0.1:1", TOKEN, {}, attrs.evolve(SOON, start=0.3), again=True)
     server = running()
-    monkeypatch.setattr(wire, "PROTOCOL", 2)
+    monkeypatch.setattr(wire, "PROTOCOL", 3)
     found = server.service.health()
-    monkeypatch.setattr(wire, "PROTOCOL", 1)
+    monkeypatch.setattr(wire, "PROTOCOL", 2)
     monkeypatch.setattr(Service, "health", lambda self: found)
-    with pytest.raises(RequestError, match="speaks protocol 2, and this is 1"):
+    with pytest.raises(RequestError, match="speaks protocol 3, and this is 2"):
         Server(server.url, TOKEN, {}, SOON)
     monkeypatch.setattr(Service, "health", lambda self: wire.Seen(True))
     with pytest.raises(RequestError, match="none of rlhf's, or another version: message lacks doing"):
@@ -396,6 +396,22 @@ def test_a_child_sees_the_ranks_own_gpu_and_is_no_rank(
     assert environment["CUDA_VISIBLE_DEVICES"] == found
     assert not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "RLHF_ENGINE_TOKEN"} & set(environment)
     assert environment["RANKING"] == "kept"
+
+
+def test_workers_have_gpus_that_no_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {
+        **ranks,
+        "MASTER_PORT": "1",
+        "CUDA_VISIBLE_DEVICES": "4,5,6,7",
+        "OMP_NUM_THREADS": "64",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    environment = environment_of("cuda:1", 2)
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]) == ("5,7", "4")
+    with pytest.raises(RequestError, match=r"4 GPUs are visible here, and .* would take number 5"):
+        environment_of("cuda:1", 3)
 
 
 def test_a_child_that_dies_is_missed_at_once() -> None:

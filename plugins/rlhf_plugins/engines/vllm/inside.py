@@ -1,4 +1,6 @@
-"""vLLM in the trainer's own process: one engine a rank, beside whatever shards the model there."""
+"""vLLM in this process: the trainer's own, one engine a rank beside whatever shards the model there, or a server's. A
+server's may have a model that is spread over several workers, which are processes of their own.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.api import Problem, RequestError, here
+from rlhf_plugins.engines.vllm.buckets import buckets
 from rlhf_plugins.engines.vllm.entry import HINT
 from rlhf_plugins.engines.vllm.sampler import Answer, Ask, Settings, Stream
 from rlhf_plugins.engines.vllm.worker import EXTENSION
@@ -37,12 +40,13 @@ class InProcess:
             RequestError: vLLM can't be imported, or can't serve this model.
         """
         self._own_group = not torch.distributed.is_initialized()
+        self._workers = int(settings.arguments.get("tensor_parallel_size", 1))
         vllm = _vllm()
         with _as_it_was():
             try:
                 self._llm: Any = vllm.LLM(
                     model=settings.model,
-                    distributed_executor_backend=_executor(),
+                    distributed_executor_backend=_executor(self._workers),
                     worker_extension_cls=EXTENSION,
                     **settings.arguments,
                 )
@@ -78,7 +82,13 @@ class InProcess:
 
     def load(self, weights: Stream, version: int) -> None:
         with _as_it_was():
-            self._rpc("take_weights", weights())
+            self._rpc("begin_weights")
+            if self._workers == 1:  # in this process
+                self._rpc("take_weights", weights())
+            else:
+                for bucket in buckets(weights()):
+                    self._rpc("take_weights", list(bucket.items()))
+            self._rpc("end_weights")
         self._forget()
         self.version = version
 
@@ -112,8 +122,9 @@ class InProcess:
         ]
 
     def fingerprints(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, list[float]]:
-        found: Mapping[str, list[float]] = self._rpc("fingerprints", dict(shapes))
-        return found
+        found: list[Mapping[str, list[float]]] = self._llm.collective_rpc("fingerprints", args=(dict(shapes),))
+        # what each worker holds whole, as a norm, may be wrong in any: the mean tells of that too
+        return {name: np.mean([own[name] for own in found], axis=0).tolist() for name in found[0]}
 
     def sleep(self) -> None:
         self._llm.sleep(level=1)
@@ -150,8 +161,9 @@ class InProcess:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: it still works on something")
 
-    def _rpc(self, method: str, *arguments: Any) -> Any:
-        return self._llm.collective_rpc(method, args=arguments)[0]
+    def _rpc(self, method: str, *arguments: Any) -> None:
+        """In each worker."""
+        self._llm.collective_rpc(method, args=arguments)
 
 
 def _answer(output: Any) -> Answer:
@@ -180,8 +192,13 @@ def _vllm() -> Any:
     return vllm
 
 
-def _executor() -> str:
-    """vLLM's, in this process: where there are several ranks, it finds them by the environment of torchrun."""
+def _executor(workers: int) -> str:
+    """vLLM's: in this process, where several ranks are found by the environment of torchrun; or a process for each
+    worker."""
+    if workers > 1:
+        # it would bind each worker's threads to a memory node of its own, and most machines have one
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        return "mp"
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if ranks == 1:
         return "uni"

@@ -11,6 +11,7 @@ from rlhf_plugins.engines.vllm.failover import Absent, Failover, Shared
 from rlhf_plugins.engines.vllm.remote import Deadlines, Server
 from rlhf_plugins.engines.vllm.sampler import Sampler, Settings
 from rlhf_plugins.engines.vllm.secret import token_from
+from rlhf_plugins.engines.vllm.ways import carrier_of
 
 
 def sampler_at(config: Any, settings: Settings, context: Context) -> Sampler:
@@ -31,7 +32,11 @@ def sampler_at(config: Any, settings: Settings, context: Context) -> Sampler:
 
         def beside(again: bool) -> Sampler:
             name = f"the vLLM beside rank {world.rank}" if world.size > 1 else "the vLLM beside"
-            return Beside(settings, deadlines, device=context.device, name=name, again=again)
+            engine = Beside(settings, deadlines, device=context.device, name=name, again=again)
+            carrier = carrier_of(context.plan, config) if context.device.startswith("cuda") else None
+            if carrier is not None and carrier.name == "cuda-ipc" != engine.carrier:
+                context.say(f"{name} can't open this GPU's memory: weights go by way of the host ({engine.carrier})")
+            return engine
 
         return Failover(beside, world, config.restarts, context.say)
     token = token_from(config.token_file) if world.rank == 0 else ""

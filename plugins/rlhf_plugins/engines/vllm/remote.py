@@ -3,7 +3,7 @@
 Every wait has a deadline, and says what it waited for where that passes. What is lost with the process raises
 `EngineLost`; what a new process wouldn't mend raises `RunError`.
 
-Left out: weights by CUDA IPC or NCCL. They go by way of the host's memory, a bucket at a time.
+Weights go a bucket at a time: through the memory of a GPU that both have, else by way of the host's. Left out: NCCL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf.api import Problem, RequestError, RunError
 from rlhf_plugins.engines.exchange import Reply, address_of, exchange
-from rlhf_plugins.engines.vllm import wire
+from rlhf_plugins.engines.vllm import ipc, wire
 from rlhf_plugins.engines.vllm.buckets import SharedFolder, buckets, to_bytes
 from rlhf_plugins.engines.vllm.sampler import Answer, Ask, EngineLost, Stream
 
@@ -65,6 +65,7 @@ class Server:
         *,
         name: str = "",
         again: bool = False,
+        gpu: str = "",
     ) -> None:
         """Meet it, say what it must be like, and wait until it has started.
 
@@ -72,6 +73,7 @@ class Server:
             arguments: of `vllm.LLM`, as far as a run may choose them: `wire.OPENABLE`.
             name: what messages call it; left out, by its address.
             again: it was there before, so it may take a while to come back.
+            gpu: of this process, "cuda:1", through whose memory weights go where the server shows that it sees it.
 
         Raises:
             RequestError: none is there, or it is no such server, or the token isn't its own, or it can't be like that.
@@ -83,10 +85,12 @@ class Server:
         self._name = name or f"the vLLM server at {self._to}"
         self._run = secrets.token_hex(8)
         self._folder: SharedFolder | None = None
+        self._buffer: ipc.Buffer | None = None
         self.version = -1
         self._meet(arguments, again)
         atexit.register(self._remove)
-        self._share()
+        if not (gpu and self._share_gpu(gpu)):
+            self._share()
 
     # What a Sampler does
 
@@ -213,12 +217,45 @@ class Server:
         else:
             folder.close()
 
+    def _share_gpu(self, device: str) -> bool:
+        """Use a GPU's memory where the server shows that it sees it."""
+        buffer = ipc.Buffer(device)
+        try:
+            probe = buffer.probe(secrets.token_hex(16))
+        except RuntimeError:  # not every system and driver lets memory be shared
+            return False
+        if self._ask("/shared/gpu", probe, wire.Seen, "a look at a GPU's memory", 60.0).shared:
+            self._buffer = buffer
+        return self._buffer is not None
+
+    @property
+    def carrier(self) -> str:
+        """What weights go through: "cuda-ipc", "shared-memory" or "bodies"."""
+        return "cuda-ipc" if self._buffer is not None else "shared-memory" if self._folder is not None else "bodies"
+
     def _send(self, weights: Iterator[tuple[str, Tensor]], version: int, adapter: Mapping[str, Any] | None) -> None:
         seconds = self._deadlines.load
         request = wire.Begin(self._run, version, adapter)
         self.version = -1
         load = self._ask("/load", request, wire.Begun, "a load of weights to begin", seconds).load
-        count = 0
+        carry = self._by_gpu if self._buffer is not None else self._by_host
+        count = sum(carry(load, weights))
+        done = self._ask("/load/end", wire.End(load, count), wire.Done, "weights to be in place", seconds)
+        if done.version != version:
+            raise RunError(f"{self._name} holds version {done.version} after version {version} was sent")
+        self.version = version
+
+    def _by_gpu(self, load: str, weights: Iterator[tuple[str, Tensor]]) -> Iterator[int]:
+        """Send them; how many tensors each bucket has."""
+        assert self._buffer is not None
+        for handle, places in self._buffer.buckets(weights):
+            what = f"{len(places)} tensors to be copied"
+            self._ask("/load/gpu", ipc.Bucket(load, handle, places), wire.Done, what, self._deadlines.load)
+            yield len(places)
+
+    def _by_host(self, load: str, weights: Iterator[tuple[str, Tensor]]) -> Iterator[int]:
+        """The same."""
+        seconds = self._deadlines.load
         for bucket in buckets(weights):
             path = self._folder.write(bucket) if self._folder else None
             what = f"{len(bucket)} tensors to be taken"
@@ -226,11 +263,7 @@ class Server:
                 self._ask("/load/file", wire.Bucket(load, str(path)), wire.Done, what, seconds)
             else:
                 self._read(self._exchange("/load/body", to_bytes(bucket), what, seconds, {"X-Load": load}), wire.Done)
-            count += len(bucket)
-        done = self._ask("/load/end", wire.End(load, count), wire.Done, "weights to be in place", seconds)
-        if done.version != version:
-            raise RunError(f"{self._name} holds version {done.version} after version {version} was sent")
-        self.version = version
+            yield len(bucket)
 
     def _ask(
         self, path: str, message: Any, kind: type[T], what: str, seconds: float, broken: type[RunError] = RunError
@@ -269,6 +302,7 @@ class Server:
 
     def _remove(self) -> None:
         atexit.unregister(self._remove)
+        self._buffer = None
         if self._folder is not None:
             self._folder.close()
             self._folder = None

@@ -22,7 +22,7 @@ from typing import Any
 
 from rlhf.api import Problem, RequestError
 from rlhf_plugins.answering import Handler, Server, Wrong
-from rlhf_plugins.engines.vllm import buckets, wire
+from rlhf_plugins.engines.vllm import buckets, ipc, wire
 from rlhf_plugins.engines.vllm.sampler import Sampler, Settings
 from rlhf_plugins.engines.vllm.secret import token_of
 from rlhf_plugins.engines.vllm.service import Conflict, Service, Taken, sampler_class
@@ -67,9 +67,13 @@ class _Handler(Handler):
         if (method, self.path) == ("POST", "/load/file"):
             asked = wire.read(self.body(wire.MOST_JSON), wire.Bucket)
             return service.bucket(asked.load, buckets.take(asked.path))
+        if (method, self.path) == ("POST", "/load/gpu"):
+            laid = wire.read(self.body(wire.MOST_JSON), ipc.Bucket)
+            return service.bucket(laid.load, ipc.take(laid))
         routes: dict[tuple[str, str], tuple[type[Any], Callable[[Any], Any]]] = {
             ("POST", "/open"): (wire.Open, service.open),
             ("POST", "/shared"): (wire.Shared, service.shared),
+            ("POST", "/shared/gpu"): (ipc.Probe, lambda probe: wire.Seen(ipc.seen(probe))),
             ("POST", "/load"): (wire.Begin, service.begin),
             ("POST", "/load/end"): (wire.End, service.end),
             ("POST", "/sample"): (wire.SampleRequest, service.sample),

@@ -3,8 +3,10 @@
     GET  /health        who it is, what it does, which weights it holds
     POST /open          start a vLLM like this, or go on with the one that is like this
     POST /shared        whether it sees a file of this host's shared memory
+    POST /shared/gpu    whether it sees a buffer in the memory of a GPU
     POST /load          weights, or an adapter, begin to come
     POST /load/file     some of them, in a file of shared memory
+    POST /load/gpu      some of them, in a buffer of a GPU's memory
     POST /load/body     some of them, as the body; which load: the header X-Load
     POST /load/end      that was all
     POST /sample        responses
@@ -33,7 +35,7 @@ from rlhf_plugins.engines.vllm.sampler import Answer, Ask
 
 IN_PROCESS = "rlhf_plugins.engines.vllm.inside:InProcess"
 """The sampler that is served where nobody says otherwise."""
-PROTOCOL = 1
+PROTOCOL = 2
 """Both sides must speak the same."""
 BUCKET = 128 << 20
 """Bytes of weights that travel at once; a tensor that is larger travels alone."""
@@ -73,7 +75,7 @@ OPENABLE: Mapping[str, type] = {
     "disable_log_stats": bool, "dtype": str, "enable_chunked_prefill": bool, "enable_lora": bool,
     "enable_prefix_caching": bool, "generation_config": str, "load_format": str, "logprobs_mode": str,
     "max_lora_rank": int, "max_loras": int, "max_model_len": int, "max_num_batched_tokens": int, "max_num_seqs": int,
-    "seed": int, "skip_tokenizer_init": bool,
+    "seed": int, "skip_tokenizer_init": bool, "tensor_parallel_size": int,
 }  # fmt: skip
 """Arguments of `vllm.LLM` that a run may choose for a server that somebody else started. Others would name files and
 code of its host, or are for who knows its devices to choose."""

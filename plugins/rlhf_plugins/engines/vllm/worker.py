@@ -11,16 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_plugins.engines.vllm.shards import own_input, whole
+
 EXTENSION = "rlhf_plugins.engines.vllm.worker.Extension"
 
 
 class Extension:
     """Methods of a worker; `self` is the worker."""
 
+    def begin_weights(self: Any) -> None:
+        """All weights follow. What a load that broke off has left is done with first: else it would be taken for a
+        part of this one."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            if getattr(self, "_rlhf_loading", False):
+                finalize_layerwise_reload(model, self.model_config)
+            self._rlhf_loading = True
+            initialize_layerwise_reload(model)
+
     def take_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load weights by their Hugging Face names, a layer at a time; forget the keys and values of old ones apart."""
-        self.model_runner.reload_weights(weights_iterator=iter(weights))
-        repack_heads(self.model_runner.get_model())
+        """Some of them, whole, by their Hugging Face names: a worker keeps its part of each. They are in place once
+        their layer is complete."""
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.get_model().load_weights(iter(weights))
+
+    def end_weights(self: Any) -> None:
+        """That was all; keys and values of old ones are forgotten apart."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        runner = self.model_runner
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(runner.get_model(), self.model_config)
+        self._rlhf_loading = False
+        for reset in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):  # as its own `reload_weights` does
+            getattr(runner, reset, lambda: None)()
+        repack_heads(runner.get_model())
 
     def fingerprints(self: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[float]]:
         """See `Sampler.fingerprints`."""
@@ -67,15 +98,15 @@ def _read(y: Tensor) -> list[float]:
 def _fingerprints(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, list[float]]]:
     modules = dict(model.named_modules())
     fused: dict[str, tuple[str, list[str]]] = {
-        part: (whole, parts)
-        for whole, parts in (getattr(model, "packed_modules_mapping", None) or {}).items()
+        part: (fusion, parts)
+        for fusion, parts in (getattr(model, "packed_modules_mapping", None) or {}).items()
         for part in parts
     }
     for name, shape in shapes.items():
         place, _, kind = name.rpartition(".")
         above, _, last = place.rpartition(".")
-        whole, parts = fused.get(last, (last, [last]))
-        layer = _under_adapters(modules.get(f"{above}.{whole}" if above else whole))
+        fusion, parts = fused.get(last, (last, [last]))
+        layer = _under_adapters(modules.get(f"{above}.{fusion}" if above else fusion))
         if layer is None or kind not in ("weight", "bias"):
             continue
         sizes = [shapes[other][0] for part in parts if (other := f"{above}.{part}.{kind}") in shapes] or [shape[0]]
@@ -90,21 +121,21 @@ def _output(layer: nn.Module, kind: str, shape: tuple[int, ...]) -> Tensor | Non
     """W x of a layer's whole matrix, or its vector; None where it can't be had. float32 [n]."""
     own = getattr(layer, kind, None)
     if len(shape) == 1:
-        return None if own is None else own.reshape(-1)
+        return None if own is None else whole(layer, kind, own.reshape(-1))
     if len(shape) != 2:
         return None
     method: Any = getattr(layer, "quant_method", None)
     device, dtype = next(((p.device, p.dtype) for p in layer.parameters()), (torch.device("cpu"), torch.float32))
-    x = probe(shape[1], 1).to(device, dtype)[None]
+    x = own_input(layer, probe(shape[1], 1)).to(device, dtype)[None]
     if type(layer).__name__ == "VocabParallelEmbedding":  # only looked up, never multiplied by
-        return None if own is None else own.float() @ x[0].float()
+        return None if own is None else whole(layer, kind, own.float() @ x[0].float())
     if method is None:
         return None
     try:
         y: Tensor = method.apply(layer, x, None)
     except (RuntimeError, AttributeError, TypeError):  # a matrix that is kept the other way round
         return None
-    return y[0].float()
+    return whole(layer, kind, y[0].float())
 
 
 def _under_adapters(layer: nn.Module | None) -> nn.Module | None:
