@@ -352,8 +352,13 @@ CHECKPOINTING = (
 REWARD_MODEL = (
     ("reward model: a cut response is closed", "an EOS that was never sampled",
      'end=rollouts.finish[i] == "stop"', "end=True"),
-    ("reward model: another's prompt", "the first prompt for all", "prompt_of=[place[id(prompt)] for",
-     "prompt_of=[0 * place[id(prompt)] for"),
+    ("reward model: nothing readable, nothing asked", "ranks that wait for each other",
+     "samples.sequences(rollouts, readable), self._role.name).score.tolist())",
+     "samples.sequences(rollouts, readable), self._role.name).score.tolist() if readable else [])"),
+)  # fmt: skip
+JUDGED = (
+    ("judging models: another's prompt", "the first prompt for all", "of = [place[id(prompt)] for",
+     "of = [0 * place[id(prompt)] for"),
 )  # fmt: skip
 
 TABLES = (
@@ -382,4 +387,5 @@ TABLES = (
     (f"{P}/memory/precision.py", (f"{T}/memory/test_memory_precision.py",), PRECISION),
     (f"{P}/memory/checkpointing.py", (f"{T}/memory/test_memory_checkpointing.py",), CHECKPOINTING),
     (f"{P}/rewards/model.py", (f"{T}/rewards/test_rewards_model.py",), REWARD_MODEL),
+    (f"{P}/rewards/samples.py", (f"{T}/rewards/test_rewards_model.py",), JUDGED),
 )
