@@ -141,8 +141,16 @@ def test_two_steps(
     same = 1 if c.optim != "adamw" or "lora" in c.mem else 2
     for ours, theirs in list(zip(found, expected, strict=True))[:same]:
         for name in ("loss", "policy/entropy"):  # a loss may be about 0 whatever was sampled; the entropy never is
-            if name in theirs:
+            if name in theirs and not (name == "loss" and judged_otherwise(c, ours, theirs)):
                 assert ours[name] == pytest.approx(theirs[name], **apart(c)), (name, ours["step"])
+
+
+def judged_otherwise(c: Combination, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Weights that are not quite the plain stack's have sampled another token here or there, and it was worth more or
+    less: with rewards of 0 and 1 the loss is then another by a sixth of a response's."""
+    rewards = [name for name in theirs if name.startswith("reward/")]
+    rounded = bool(QUANTISED & set(c.mem)) or "fp32" not in c.mem
+    return rounded and any(abs(ours[name] - theirs[name]) > 1e-6 for name in rewards)
 
 
 def apart(c: Combination) -> dict[str, float]:
