@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf import facts
@@ -24,6 +24,7 @@ def rows_of(count: int) -> Rows[int]:
     return Rows([(f"f:{i}", i) for i in range(count)], Refusals(), ("f",))
 
 
+@settings(deadline=None)  # of a busy machine
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 9), st.integers(0, 25))
 def test_each_pass_takes_every_row_once_and_passes_have_no_seam(count: int, size: int, seed: int, step: int) -> None:
     feed = Feed(count, size, seed, steps=26)
