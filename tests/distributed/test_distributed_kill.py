@@ -49,7 +49,7 @@ class Run:
 
     def until(self, steps: int) -> dict[int, psutil.Process]:
         """Wait until so many steps are logged, or until both ranks are there; returns them."""
-        log, end = self.folder / "metrics.jsonl", time.monotonic() + 120
+        log, end = self.folder / "metrics.jsonl", time.monotonic() + 240
         while time.monotonic() < end and self.process.poll() is None:
             ranks = self.ranks()
             if len(ranks) == 2 and (not steps or (log.is_file() and log.read_bytes().count(b"\n") >= steps)):
@@ -169,7 +169,7 @@ def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
 def test_a_request_to_stop_that_one_rank_hears_stops_them_all(tmp_path: Path) -> None:
     run = Run(tmp_path, *ENDLESS)
     run.until(2)[1].send_signal(signal.SIGTERM)
-    code, said = run.end(60)
+    code, said = run.end(120)
     assert code == 130 and "stopped by SIGTERM after step" in said
 
 
