@@ -39,10 +39,11 @@ class Run:
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the ranks, as they appear."""
         found = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        for child in sorted(children, key=lambda child: child.create_time()):
             try:
-                if "rlhf.rank" in child.cmdline():
-                    found[int(child.environ()["RANK"])] = child
+                if "rlhf.rank" in child.cmdline():  # and so, for a moment, what a rank starts: the first is the rank
+                    found.setdefault(int(child.environ()["RANK"]), child)
             except psutil.Error:
                 continue
         return found
