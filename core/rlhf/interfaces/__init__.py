@@ -1,7 +1,8 @@
 """What each kind of component implements. Imported after the plan is accepted; entry modules don't import this.
 
 A method that raises NotImplementedError is abstract: what derives from the class has its own, or, as the message says,
-needs none for what it does.
+needs none for what it does. It isn't marked by `abc`, since which are needed depends on that use: an algorithm that
+samples has no `examples`, a policy whose roles share no base no heads for them. `rlhf.testing` calls those that are.
 
 Every component is made as `Class(config, context)`. One that keeps anything between steps puts it in `state()`:
 what isn't in there is not restored.
