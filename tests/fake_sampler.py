@@ -3,16 +3,21 @@ log-probs from the tokens. A seed of its own makes it misbehave."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rlhf_plugins.engines.vllm import group, ipc
+from rlhf_plugins.engines.vllm.packing import size_of, taken
 from rlhf_plugins.engines.vllm.sampler import Answer, Ask, Settings, Stream
 
 STALLS, RAISES, DIES = 1_000_001, 1_000_002, 1_000_003
@@ -22,7 +27,7 @@ STALLS, RAISES, DIES = 1_000_001, 1_000_002, 1_000_003
 class FakeSampler:
     """Settings' arguments:
     fail_start: says so and raises; slow_start: seconds; die_once: a file whose absence makes it die in its first
-    sample, and make the file; log: a file that gets a line for each call.
+    sample, and make the file; never_joins: the trainer; log: a file that gets a line for each call.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -35,6 +40,7 @@ class FakeSampler:
         self.version = -1
         self._weights: dict[str, float] = {}
         self._adapter: dict[str, float] = {}
+        self._groups: list[group.Group] = []
 
     def sample(self, asks: Sequence[Ask]) -> list[Answer]:
         self._note(f"sample {len(asks)}")
@@ -58,6 +64,46 @@ class FakeSampler:
                 raise KeyError("no weight is called 'unknown'")
             self._weights[name] = float(tensor.double().sum())
         self._adapter, self.version = {}, version
+
+    def sees(self, probe: ipc.Probe) -> bool:
+        return ipc.seen(probe)
+
+    @property
+    def workers(self) -> int:
+        return int(self._options.get("tensor_parallel_size", 1))
+
+    def join(self, at: group.Address) -> list[str]:
+        """Each worker is a thread."""
+        self._note(f"join {at.size}")
+        if self._options.get("never_joins"):
+            raise RuntimeError("no route to host")
+        for old in self._groups:
+            old.close()
+        self._each = ThreadPoolExecutor(self.workers)
+        make = functools.partial(group.Group, at, device=torch.device("cpu"))
+        self._groups = list(self._each.map(make, range(1, at.size)))
+        return [own.text for own in self._groups]
+
+    def fetch(self, found: Iterator[group.Coming | ipc.Laid], version: int) -> None:
+        opened = ipc.Opened()
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            for bucket in found:
+                size = size_of(bucket.places)
+                if isinstance(bucket, ipc.Laid):
+                    buffer = opened.copied(bucket.handle, size)
+                else:
+                    buffer, *others = self._received(size)
+                    assert all(torch.equal(buffer, other) for other in others)
+                yield from taken(buffer, bucket.places).items()
+
+        self.load(stream, version)
+
+    def _received(self, size: int) -> list[Tensor]:
+        """By each worker."""
+        buffers = [torch.empty(size, dtype=torch.uint8) for _ in self._groups]
+        list(self._each.map(lambda own, buffer: own.broadcast(buffer), self._groups, buffers))
+        return buffers
 
     def load_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
         self._note(f"adapter {version} {dict(config)}")

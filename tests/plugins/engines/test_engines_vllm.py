@@ -141,10 +141,14 @@ def test_logps_are_those_of_a_trainer_that_is_spread(memory: str, sharding: str,
 
 
 @FULL
-@pytest.mark.parametrize("memory", MEMORY)
-def test_logps_are_the_trainers_where_a_model_is_spread_over_two_workers(memory: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("memory", "carrier"), [("full", "host"), ("full", "broadcast"), ("merged", "broadcast"), ("adapter", "broadcast")]
+)
+def test_logps_are_the_trainers_where_a_model_is_spread_over_two_workers(
+    memory: str, carrier: str, tmp_path: Path
+) -> None:
     """Each worker keeps its part of what is sent; norms, and the adapters' smaller halves, are whole in both."""
     job = recipe(memory)
-    job["engine"] |= {"place": "beside", "tensor_parallel_size": 2}
+    job["engine"] |= {"place": "beside", "tensor_parallel_size": 2, "carrier": carrier}
     found = expect(carry_out({memory: {"do": "gaps", "recipe": job}}, tmp_path, 1), memory)
     check_gaps(found, "adapter" if memory == "adapter" else "reload")

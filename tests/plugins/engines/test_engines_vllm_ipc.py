@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.multiprocessing import reductions
 from fake_sampler import FakeSampler
 from rlhf.errors import RunError
 from rlhf_plugins.engines.vllm import ipc, wire
+from rlhf_plugins.engines.vllm.packing import Buffer, Place, size_of, taken, written
 from rlhf_plugins.engines.vllm.remote import Deadlines, Server
 from rlhf_plugins.engines.vllm.sampler import Ask, Settings
 from rlhf_plugins.engines.vllm.serve import HTTPServer, serve
@@ -65,16 +66,20 @@ def same(found: dict[str, Tensor], right: dict[str, Tensor] = WEIGHTS) -> bool:
 
 def test_what_is_laid_is_taken_and_the_buffer_is_used_again(events: list[str]) -> None:
     found: dict[str, Tensor] = {}
-    handles, starts = [], []
-    for handle, places in ipc.Buffer("cpu", 1024).buckets(iter(WEIGHTS.items())):
-        found |= ipc.take(ipc.Bucket("load", handle, places))
-        handles.append(handle)
+    handles, starts, opened, buffer = [], [], ipc.Opened(), Buffer("cpu", 1024)
+    for laid, places in buffer.buckets(iter(WEIGHTS.items())):
+        handles.append(ipc.exported(buffer.whole))
+        assert len(laid) == size_of(places)
+        found |= taken(opened.copied(handles[-1], len(laid)), places)
         starts.append([place.start for place in places])
     # 6, 140, 4 and 24 bytes, each from a multiple of 256; then 3,600, alone; and 16
     assert starts == [[0, 256, 512, 768], [0], [0]]
     assert [handle.size for handle in handles] == [1024, 3600, 3600]
     assert handles[1] == handles[2]  # so what was taken of it must be copies
+    assert events == ["laid", "opened", "laid", "opened", "laid"]  # a buffer is opened once
     assert same(found)
+    with pytest.raises(wire.WireError, match="3601 bytes don't lie in a buffer of 3600"):
+        opened.copied(handles[-1], 3601)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +87,11 @@ def test_what_is_laid_is_taken_and_the_buffer_is_used_again(events: list[str]) -
     [{"start": 896}, {"start": 1}, {"start": -256}, {"shape": (-1,)}, {"shape": (1 << 40,)}, {"dtype": "nn"},
      {"dtype": "no"}],
 )  # fmt: skip
-def test_a_place_that_is_not_in_the_buffer(events: list[str], change: dict[str, Any]) -> None:
-    buffer = ipc.Buffer("cpu", 1024)
-    ((handle, (place,)),) = buffer.buckets(iter([("x", torch.ones(40))]))
-    right = attrs.evolve(place, dtype="float32")
-    assert ipc.take(ipc.Bucket("load", handle, (right,)))["x"].sum() == 40
+def test_a_place_that_is_not_in_the_buffer(change: dict[str, Any]) -> None:
+    ((laid, (place,)),) = Buffer("cpu", 1024).buckets(iter([("x", torch.ones(40))]))
+    assert taken(laid, (place,))["x"].sum() == 40
     with pytest.raises(wire.WireError, match="x is no"):
-        ipc.take(ipc.Bucket("load", handle, (attrs.evolve(place, **change),)))
+        taken(laid, (attrs.evolve(place, **change),))
 
 
 # Handles
@@ -103,9 +106,9 @@ def test_a_handle_travels_as_plain_values(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (reductions.rebuild_cuda_tensor, values))
     there = ["GPU-a", "GPU-b"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=there[i]))
-    sent = wire.write(ipc.Bucket("load", ipc.exported(buffer), (ipc.Place("x", "float32", (2, 8), 0),)))
+    sent = wire.write(ipc.Laid("load", ipc.exported(buffer), (Place("x", "float32", (2, 8), 0),)))
     assert json.loads(sent)["handle"]["gpu"] == "GPU-b"
-    arrived = wire.read(sent, ipc.Bucket)
+    arrived = wire.read(sent, ipc.Laid)
     there[:] = ["GPU-b"]  # the only one that the engine sees
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(there))
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *found: found)
@@ -121,11 +124,11 @@ def test_without_a_gpu_nothing_is_seen() -> None:
     handle = ipc.Handle("GPU-0", 64, "AAAA", 0, "", 0, "", True)
     assert not ipc.seen(ipc.Probe(handle, "x"))
     with pytest.raises(wire.WireError, match="no GPU GPU-0"):
-        ipc.take(ipc.Bucket("load", handle, ()))
+        ipc.Opened().copied(handle, 64)
 
 
 def test_a_buffer_that_says_something_else_is_not_seen(events: list[str]) -> None:
-    probe = ipc.Buffer("cpu", 64).probe("this")
+    probe = ipc.Probe(ipc.exported(written(torch.empty(4, dtype=torch.uint8), "this")), "this")
     assert ipc.seen(probe)
     assert not ipc.seen(attrs.evolve(probe, content="that"))
 
@@ -145,22 +148,21 @@ def url() -> Iterator[str]:
 def test_weights_go_through_the_buffer_and_no_bucket_is_laid_before_the_last_is_taken(
     url: str, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ipc.Buffer.__init__, "__defaults__", (1024,))
-    engine = Server(url, TOKEN, {}, SOON, gpu="cpu")
-    assert engine.carrier == "cuda-ipc" and engine._folder is None
+    monkeypatch.setattr(Buffer.__init__, "__defaults__", (1024,))
+    engine = Server(url, TOKEN, {}, SOON, carrier="cuda-ipc")
+    assert engine.carrier == "cuda-ipc"
     engine.load(lambda: iter(WEIGHTS.items()), 3)
-    assert events == ["laid", "opened"] * 4  # the probe, and three buckets
+    # the probe; a buffer for the first bucket; a larger one for the second, and the third
+    assert events == ["laid", "opened"] * 3
     assert engine.version == engine.health().version == 3
     right = FakeSampler(Settings("m", {}))
     right.load(lambda: iter(WEIGHTS.items()), 3)
     asks = [Ask((1, 2), seed, 8, 1.0) for seed in range(4)]
     assert engine.sample(asks) == right.sample(asks)
-    with pytest.raises(RunError, match=r"x is no float32 of shape \(9,\) in 8 bytes"):
-        handle = ipc.Handle("GPU-0", 8, "m", 0, "", 0, "", True)
-        monkeypatch.setattr(ipc, "imported", lambda handle: torch.zeros(8, dtype=torch.uint8))
-        monkeypatch.setattr(
-            engine._buffer, "buckets", lambda weights: [(handle, (ipc.Place("x", "float32", (9,), 0),))]
-        )
+    with pytest.raises(RunError, match=r"x is no float32 of shape \(9,\) at 4"):
+        monkeypatch.setattr(ipc, "imported", lambda handle: torch.zeros(64, dtype=torch.uint8))
+        wrong = (torch.zeros(36, dtype=torch.uint8), (Place("x", "float32", (9,), 4),))
+        monkeypatch.setattr(Buffer, "buckets", lambda self, weights: [wrong])
         engine.load(lambda: iter([]), 4)
     assert engine.version == -1
     engine.close()
@@ -174,31 +176,9 @@ def test_memory_that_cannot_be_shared_is_gone_round(
         raise RuntimeError("CUDA error: invalid argument")
 
     monkeypatch.setattr(ipc, "exported" if at == "here" else "imported", refuse)
-    engine = Server(url, TOKEN, {}, SOON, gpu="cpu")
+    engine = Server(url, TOKEN, {}, SOON, carrier="cuda-ipc")
     assert engine.carrier == ("shared-memory" if os.path.isdir(wire.SHARED_MEMORY) else "bodies")
+    assert "memory" in engine.why_host
     engine.load(lambda: iter(WEIGHTS.items()), 0)
     assert engine.health().version == 0
     engine.close()
-
-
-def test_only_a_child_of_one_worker_on_a_gpu_is_offered_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_plugins.engines.vllm import beside
-
-    class StopError(Exception):
-        pass
-
-    offered: list[Any] = []
-
-    def meet(self: Any, *arguments: Any, gpu: str = "", **more: Any) -> None:
-        offered.append(gpu)
-        raise StopError
-
-    monkeypatch.setattr(beside.Server, "__init__", meet)
-    monkeypatch.setattr(beside.Beside, "_told", lambda self, line, seconds: 1)
-    make: Callable[..., Any] = lambda device, workers: beside.Beside(  # noqa: E731
-        Settings("m", {"tensor_parallel_size": workers}), SOON, device=device
-    )
-    for device, workers in (("cpu", 1), ("cuda:0", 1), ("cuda:0", 2)):
-        with pytest.raises(StopError):
-            make(device, workers)
-    assert offered == ["", "cuda:0", ""]

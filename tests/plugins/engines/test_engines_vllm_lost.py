@@ -69,12 +69,14 @@ def test_beside_is_as_inside(undisturbed: Path, tmp_path: Path) -> None:
     alike(undisturbed, tmp_path / "inside")
 
 
-@pytest.mark.matrix
-def test_killed_five_times_in_the_middle_of_rollouts(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "carrier", [pytest.param("broadcast", marks=pytest.mark.matrix), pytest.param("host", marks=FULL)]
+)
+def test_killed_five_times_in_the_middle_of_rollouts(carrier: str, undisturbed: Path, tmp_path: Path) -> None:
     kills = tmp_path / "kills"
     kills.mkdir()
     script = (str(HERE / "vllm_killed.py"), str(kills), "5")
-    said = run(tmp_path / "killed", "--engine.place", "beside", script=script)
+    said = run(tmp_path / "killed", "--engine.place", "beside", "--engine.carrier", carrier, script=script)
     alike(undisturbed, tmp_path / "killed")
     killed = sorted(path.name for path in kills.iterdir())
     lost = r"engine lost: the vLLM beside \(process (\d+)\) was ended by SIGKILL while waiting for 16 responses"
@@ -111,12 +113,20 @@ def child_of(pid: int) -> str:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def workers() -> int:
+    """Of the server."""
+    return 1
+
+
+@pytest.fixture
+def server(tmp_path: Path, workers: int) -> Iterator[tuple[str, Path]]:
     """(its address, its token file)."""
     from rlhf.plan import resource
 
     token = tmp_path / "engine.token"
-    cpu = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "block_size": 32}
+    cpu = {
+        "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "block_size": 32, "tensor_parallel_size": workers
+    }  # fmt: skip
     line = [
         sys.executable,
         "-m",
@@ -143,8 +153,52 @@ def test_a_server_that_runs_already(undisturbed: Path, server: tuple[str, Path],
     at = ("--engine.place", "server", "--engine.url", address)
     run(tmp_path / "one", *at, "--engine.token-file", str(token))
     alike(undisturbed, tmp_path / "one")
-    run(tmp_path / "two", *at, RLHF_ENGINE_TOKEN=token.read_text().strip())  # the next run, by the same server
+    broadcast = (*at, "--engine.carrier", "broadcast")
+    run(tmp_path / "two", *broadcast, RLHF_ENGINE_TOKEN=token.read_text().strip())  # the next run, by the same server
     alike(undisturbed, tmp_path / "two")
+
+
+@FULL
+@pytest.mark.parametrize("workers", [2])
+def test_a_server_of_two_workers(server: tuple[str, Path], tmp_path: Path) -> None:
+    """Its weights are the trainer's after each sync, which the run checks, by whatever way they came."""
+    address, token = server
+    at = ("--engine.place", "server", "--engine.url", address, "--engine.token-file", str(token))
+    at += ("--engine.check-every", "1", "--engine.tensor-parallel-size", "2", "--max-steps", "3")
+    for carrier in ("broadcast", "host"):
+        run(tmp_path / carrier, *at, "--engine.carrier", carrier)
+    alike(tmp_path / "broadcast", tmp_path / "host")
+
+
+@FULL
+def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "rlhf", *RUN, "--output", str(tmp_path / "run"), "--engine.place", "beside"]
+    process = subprocess.Popen([*line, "--engine.tensor-parallel-size", "2"], env=ENVIRONMENT)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    engine = int(child_of(process.pid))
+    assert len(session_of(engine)) > 2  # the engine, and its workers
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20.0  # vLLM's workers look after their parent
+    while session_of(engine) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert session_of(engine) == []
+
+
+def session_of(leader: int) -> list[int]:
+    """Processes of its session that are alive."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, of = entry.joinpath("stat").read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(of) == leader and state != "Z":
+            found.append(int(entry.name))
+    return found
 
 
 @FULL
@@ -153,7 +207,8 @@ def test_two_ranks_under_zero3(place: str, server: tuple[str, Path], tmp_path: P
     """One beside each, or one for both: each sampled from the gathered weights, which the check of every sync shows."""
     address, token = server
     at = ["--engine.place", place, "--engine.check-every", "1"]
-    at += ["--engine.url", address, "--engine.token-file", str(token)] if place == "server" else []
+    if place == "server":
+        at += ["--engine.url", address, "--engine.token-file", str(token), "--engine.carrier", "broadcast"]
     more = ("--mem", "zero3", "--nproc", "2", "--max-steps", "3", *at)
     run(tmp_path / "run", *more)
     found = metrics(tmp_path / "run")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import pytest
 
 from rlhf import registry as registries
@@ -53,12 +55,17 @@ def test_a_server_has_an_address_and_nothing_else_has(refusals: Callable[..., li
     assert "must be one of inside, beside, server, not 'outside'" in found
 
 
+class Started(Absent):
+    why_host = ""
+    carrier = "bodies"
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What would be started."""
     found: list[tuple[Any, ...]] = []
     for name in ("Beside", "Server"):
-        monkeypatch.setattr(places, name, lambda *a, _of=name, **k: found.append((_of, a, k)) or Absent())
+        monkeypatch.setattr(places, name, lambda *a, _of=name, **k: found.append((_of, a, k)) or Started())
     monkeypatch.setenv("RLHF_ENGINE_TOKEN", "the-token-of-the-environment")
     return found
 
@@ -66,28 +73,39 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def context(rank: int = 0, size: int = 1) -> Context:
     world = World()
     world.rank, world.size = rank, size
-    return Context(plan=None, world=world)  # type: ignore[arg-type]
+    plan = SimpleNamespace(machine=SimpleNamespace(provides=frozenset()))
+    return Context(plan=plan, world=world)  # type: ignore[arg-type]
 
 
 def test_beside_is_one_a_rank(started: list[tuple[Any, ...]]) -> None:
     config = VLLMConfig(place="beside", start_timeout=1.0, load_timeout=2.0, sample_timeout=3.0, sample_pace=4.0)
     assert isinstance(places.sampler_at(config, SETTINGS, context(1, 2)), Failover)
     deadlines = Deadlines(1.0, 2.0, 3.0, 4.0)
-    assert started == [
-        ("Beside", (SETTINGS, deadlines), {"device": "cpu", "name": "the vLLM beside rank 1", "again": False})
-    ]
+    carried = {"carrier": "host", "device": "cpu", "only": False}
+    assert started == [("Beside", (SETTINGS, deadlines), {**carried, "name": "the vLLM beside rank 1", "again": False})]
 
 
 def test_a_server_is_one_for_all_ranks_and_chooses_for_itself_what_it_knows_best(
     started: list[tuple[Any, ...]],
 ) -> None:
-    config = VLLMConfig(place="server", url="http://host:1")
+    config = VLLMConfig(place="server", url="http://host:1", carrier="broadcast")
     assert isinstance(places.sampler_at(config, SETTINGS, context(1, 2)), Shared)
     assert started == []  # rank 0 speaks to it
     places.sampler_at(config, SETTINGS, context(0, 2))
     asked = {"dtype": "float32", "max_model_len": 96}
     expected = ("http://host:1", "the-token-of-the-environment", asked, Deadlines())
-    assert started == [("Server", expected, {"again": False})]
+    carried = {"carrier": "broadcast", "device": "cpu", "only": True}
+    assert started == [("Server", expected, {**carried, "again": False})]
+
+
+def test_a_way_that_is_not_open_is_told(started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Started, "why_host", "no route to host")
+    said: list[str] = []
+    at = attrs.evolve(context(), say=said.append)
+    places.sampler_at(VLLMConfig(place="server", url="http://host:1"), SETTINGS, at)
+    places.sampler_at(VLLMConfig(place="beside"), SETTINGS, at)
+    instead = "no route to host; weights go by way of the host instead (bodies)"
+    assert said == [f"the vLLM server: {instead}", f"the vLLM beside: {instead}"]
 
 
 def test_the_options_defaults_are_the_deadlines_own() -> None:

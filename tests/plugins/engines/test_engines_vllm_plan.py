@@ -120,12 +120,16 @@ def test_what_carries_weights_is_told(plan_of: Callable[..., Plan], monkeypatch:
     assert carrier() == []
     assert carrier("--engine.place", "beside") == [f"--engine.place beside: {host}"]
     assert carrier(*url) == [f"--engine.place server: {host}"]
+    gloo = "weights go to it by a broadcast (gloo, from memory to memory)"
+    assert carrier(*url, "--engine.carrier", "broadcast") == [f"--engine.place server: {gloo}"]
     monkeypatch.setattr(entry, "_builds", lambda: frozenset({"vllm"}))
     (ipc,) = carrier("--engine.place", "beside", on=GPU)
-    assert "the same GPU (CUDA IPC)" in ipc and "shared memory" not in ipc
+    assert "the same GPU (CUDA IPC); by way of the host where" in ipc
     (spread,) = carrier(*SPREAD, "2", on=attrs.evolve(GPU, gpus=GPU.gpus * 2))
-    assert host in spread and "other GPUs than the trainer" in spread
-    assert carrier(*url, on=GPU) == [f"--engine.place server: {host}"]
+    assert "(CUDA IPC), and from there to the other workers; by way of" in spread
+    (nccl,) = carrier(*url, on=GPU)
+    assert "to it by a broadcast (NCCL, from GPU to GPU); by way of" in nccl
+    assert carrier(*url, "--engine.carrier", "host", on=GPU) == [f"--engine.place server: {host}"]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,8 @@ def test_what_carries_weights_is_told(plan_of: Callable[..., Plan], monkeypatch:
         (("--engine.place", "beside", "--engine.tensor-parallel-size", "3"), "into 3 equal parts", "one of 1, 2, 4"),
         (("--engine.sleep",), "this machine has none", "leave it out"),
         (("--engine.sync", "nccl"), "must be one of auto, adapter, reload", ""),
+        (("--engine.carrier", "broadcast"), "inside, nothing is carried", "--engine.place beside"),
+        (("--engine.place", "beside", "--engine.carrier", "cuda-ipc"), "this machine has no GPU", "leave it out"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -149,6 +155,21 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     told = refusals(plan_of, *words)
     assert what in told and fix in told
+
+
+def test_a_way_between_gpus_that_there_is_not_is_refused(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "_builds", lambda: frozenset({"vllm"}))
+    url = ("--engine.place", "server", "--engine.url", "http://host:1")
+    assert "a server has GPUs of its own | --engine.carrier broadcast" in refusals(
+        plan_of, *url, "--engine.carrier", "cuda-ipc", on=GPU
+    )
+    beside = ("--engine.place", "beside", "--engine.carrier")
+    assert "NCCL wants one for each process | --engine.carrier cuda-ipc" in refusals(
+        plan_of, *beside, "broadcast", on=GPU
+    )
+    assert plan_of(*beside, "cuda-ipc", on=GPU).engine is not None
 
 
 def test_heads_that_a_cpu_cannot_compute(plan_of: Callable[..., Plan], tiny_model: Path, tmp_path: Path) -> None:

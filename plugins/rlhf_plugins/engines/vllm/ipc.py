@@ -1,24 +1,20 @@
 """Weights on their way to another process that has the same GPU: they stay in its memory, and what is sent is how to
 find them there (CUDA IPC). **Not run on a GPU yet.**
 
-A bucket is packed into one buffer, which is filled anew once the other side has said that it has copied it out. The
-handle travels as plain values: torch would pickle them.
+The handle travels as plain values: torch would pickle them. One is opened once: torch counts who has opened a block,
+and gives the memory of one that was never opened, because its engine was lost, to nobody else.
 """
 
 from __future__ import annotations
 
 import base64
-import math
-from collections.abc import Iterable, Iterator
 
 import attrs
 import torch
 from torch import Tensor
 
 from rlhf_plugins.engines.vllm import wire
-
-_ALIGN = 256
-"""Bytes: where a tensor may begin in a buffer, whatever its type."""
+from rlhf_plugins.engines.vllm.packing import Place, text_of
 
 
 @attrs.frozen
@@ -38,16 +34,6 @@ class Handle:
 
 
 @attrs.frozen
-class Place:
-    """A tensor in a buffer."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
-@attrs.frozen
 class Probe:
     """Does the server see this buffer, with this text at its beginning?"""
 
@@ -56,94 +42,63 @@ class Probe:
 
 
 @attrs.frozen
-class Bucket:
-    """Some of the weights, in a buffer."""
+class Laid:
+    """Some of the weights, in a buffer; of one load all of the same handle are the same buffer, filled anew."""
 
     load: str
     handle: Handle
     places: tuple[Place, ...]
 
 
-class Buffer:
-    """Where weights are laid for the other process."""
-
-    def __init__(self, device: str, size: int = wire.BUCKET) -> None:
-        """size: bytes; one that is too small for a single tensor is replaced by a larger one."""
-        self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
-        self._size = size
-
-    def probe(self, content: str) -> Probe:
-        """Lay a text."""
-        text = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
-        self._bytes[: len(text)].copy_(text)
-        return Probe(exported(self._bytes), content)
-
-    def buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Handle, tuple[Place, ...]]]:
-        """Lay so many at once as there is room for. The other side must have copied them when the next is asked for."""
-        places: list[Place] = []
-        end = 0
-        for name, tensor in weights:
-            start = -(-end // _ALIGN) * _ALIGN
-            if places and start + tensor.nbytes > self._size:
-                yield exported(self._bytes), tuple(places)
-                places, start = [], 0
-            if start + tensor.nbytes > len(self._bytes):  # alone in it
-                self._bytes = torch.empty(tensor.nbytes, dtype=torch.uint8, device=self._bytes.device)
-            place = Place(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start)
-            _at(self._bytes, place).copy_(tensor.detach())
-            places.append(place)
-            end = start + tensor.nbytes
-        if places:
-            yield exported(self._bytes), tuple(places)
-
-
 def seen(probe: Probe) -> bool:
     """Whether this process can read the probe's buffer."""
     try:
-        text = imported(probe.handle)[: len(probe.content.encode())]
-        return bytes(text.tolist()) == probe.content.encode()
+        return text_of(imported(probe.handle)[: len(probe.content.encode())]) == probe.content
     except (wire.WireError, RuntimeError, AssertionError, ValueError):  # no GPU, another one, or not allowed
         return False
 
 
-def take(bucket: Bucket) -> dict[str, Tensor]:
-    """Copies of what the buffer holds, in the same GPU's memory; the buffer is let go.
+class Opened:
+    """A buffer of the trainer's, while a load lasts."""
 
-    Raises:
-        WireError: the places aren't in it, or there is no such buffer.
-    """
-    try:
-        found = imported(bucket.handle)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise wire.WireError(f"the buffer on GPU {bucket.handle.gpu[:80]} can't be opened: {error}") from error
-    copies = {place.name: _at(found, place).clone() for place in bucket.places}
-    _wait(found)
-    return copies
+    def __init__(self) -> None:
+        self._handle: Handle | None = None
+        self._buffer: Tensor | None = None
+
+    def copied(self, handle: Handle, size: int) -> Tensor:
+        """Its first bytes, uint8 [size], in the same GPU's memory.
+
+        Raises:
+            WireError: there is no such buffer.
+        """
+        if self._handle != handle or self._buffer is None:
+            self.close()
+            try:
+                self._handle, self._buffer = handle, imported(handle)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise wire.WireError(f"the buffer on GPU {handle.gpu[:80]} can't be opened: {error}") from error
+        if size > len(self._buffer):
+            raise wire.WireError(f"{size} bytes don't lie in a buffer of {len(self._buffer)}")
+        copy = self._buffer[:size].clone()
+        settled(copy)
+        return copy
+
+    def close(self) -> None:
+        """Let it go."""
+        self._handle = self._buffer = None
 
 
-def _at(buffer: Tensor, place: Place) -> Tensor:
-    dtype = getattr(torch, place.dtype, None)
-    if isinstance(dtype, torch.dtype) and min((place.start, *place.shape)) >= 0 and place.start % _ALIGN == 0:
-        end = place.start + math.prod(place.shape) * dtype.itemsize
-        if end <= len(buffer):
-            return buffer[place.start : end].view(dtype).view(place.shape)
-    raise wire.WireError(f"{place.name[:80]} is no {place.dtype[:20]} of shape {place.shape} in {len(buffer)} bytes")
-
-
-def _wait(buffer: Tensor) -> None:
-    """Until the GPU has done what was asked of it."""
+def settled(buffer: Tensor) -> None:
+    """Wait until the GPU has done what was asked of it."""
     if buffer.is_cuda:
         torch.cuda.current_stream(buffer.device).synchronize()
-
-
-# Handles
 
 
 def exported(buffer: Tensor) -> Handle:
     """How another process finds a buffer: uint8 [n], all of its storage."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    _wait(buffer)
+    settled(buffer)
     _, values = reduce_tensor(buffer)
     device, memory, size, offset, _, counter, counter_offset, event, waits = values[6:]
     gpu = str(torch.cuda.get_device_properties(device).uuid)

@@ -28,21 +28,28 @@ def sampler_at(config: Any, settings: Settings, context: Context) -> Sampler:
         return InProcess(settings)
     deadlines = Deadlines(config.start_timeout, config.load_timeout, config.sample_timeout, config.sample_pace)
     world = context.world
+    way = carrier_of(context.plan, config)
+    assert way is not None
+    carried = {"carrier": way.name, "device": context.device, "only": config.carrier != "auto"}
+
+    def told(engine: Server, name: str) -> Server:
+        if engine.why_host:
+            context.say(f"{name}: {engine.why_host}; weights go by way of the host instead ({engine.carrier})")
+        return engine
+
     if config.place == "beside":
 
         def beside(again: bool) -> Sampler:
             name = f"the vLLM beside rank {world.rank}" if world.size > 1 else "the vLLM beside"
-            engine = Beside(settings, deadlines, device=context.device, name=name, again=again)
-            carrier = carrier_of(context.plan, config) if context.device.startswith("cuda") else None
-            if carrier is not None and carrier.name == "cuda-ipc" != engine.carrier:
-                context.say(f"{name} can't open this GPU's memory: weights go by way of the host ({engine.carrier})")
-            return engine
+            return told(Beside(settings, deadlines, name=name, again=again, **carried), name)
 
         return Failover(beside, world, config.restarts, context.say)
     token = token_from(config.token_file) if world.rank == 0 else ""
     arguments = {name: value for name, value in settings.arguments.items() if name in wire.OPENABLE}
 
     def server(again: bool) -> Sampler:
-        return Absent() if world.rank else Server(config.url, token, arguments, deadlines, again=again)
+        if world.rank:
+            return Absent()
+        return told(Server(config.url, token, arguments, deadlines, again=again, **carried), "the vLLM server")
 
     return Shared(Failover(server, world, config.restarts, context.say), world)

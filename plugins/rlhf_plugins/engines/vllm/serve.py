@@ -22,10 +22,10 @@ from typing import Any
 
 from rlhf.api import Problem, RequestError
 from rlhf_plugins.answering import Handler, Server, Wrong
-from rlhf_plugins.engines.vllm import buckets, ipc, wire
-from rlhf_plugins.engines.vllm.sampler import Sampler, Settings
+from rlhf_plugins.engines.vllm import buckets, group, ipc, wire
+from rlhf_plugins.engines.vllm.sampler import Settings
 from rlhf_plugins.engines.vllm.secret import token_of
-from rlhf_plugins.engines.vllm.service import Conflict, Service, Taken, sampler_class
+from rlhf_plugins.engines.vllm.service import Conflict, ServedSampler, Service, Taken, sampler_class
 
 
 class _Handler(Handler):
@@ -67,14 +67,17 @@ class _Handler(Handler):
         if (method, self.path) == ("POST", "/load/file"):
             asked = wire.read(self.body(wire.MOST_JSON), wire.Bucket)
             return service.bucket(asked.load, buckets.take(asked.path))
-        if (method, self.path) == ("POST", "/load/gpu"):
-            laid = wire.read(self.body(wire.MOST_JSON), ipc.Bucket)
-            return service.bucket(laid.load, ipc.take(laid))
         routes: dict[tuple[str, str], tuple[type[Any], Callable[[Any], Any]]] = {
             ("POST", "/open"): (wire.Open, service.open),
             ("POST", "/shared"): (wire.Shared, service.shared),
-            ("POST", "/shared/gpu"): (ipc.Probe, lambda probe: wire.Seen(ipc.seen(probe))),
+            ("POST", "/shared/gpu"): (ipc.Probe, service.sees),
+            ("POST", "/group"): (group.Join, service.meet),
+            ("POST", "/group/text"): (group.Text, service.met),
+            ("POST", "/group/leave"): (group.Leave, service.leave),
             ("POST", "/load"): (wire.Begin, service.begin),
+            ("POST", "/load/gpu"): (ipc.Laid, service.announce),
+            ("POST", "/load/broadcast"): (group.Coming, service.announce),
+            ("POST", "/load/check"): (wire.Begun, service.check),
             ("POST", "/load/end"): (wire.End, service.end),
             ("POST", "/sample"): (wire.SampleRequest, service.sample),
             ("POST", "/score"): (wire.ScoreRequest, service.score),
@@ -101,7 +104,7 @@ class HTTPServer(Server):
         super().__init__((host, port), _Handler)
 
 
-def serve(server: HTTPServer, make: Callable[[Settings], Sampler]) -> None:
+def serve(server: HTTPServer, make: Callable[[Settings], ServedSampler]) -> None:
     """Answer until a client or a signal ends it; `make` and all of the sampler's work run on this thread."""
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     try:
@@ -161,7 +164,9 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(f"--arguments {given.arguments}: {error}")
     try:
-        server = HTTPServer(given.host, given.port, token_of(given.token_file), Service(Settings(given.model, more)))
+        server = HTTPServer(
+            given.host, given.port, token_of(given.token_file), Service(Settings(given.model, more), given.host)
+        )
     except RequestError as error:
         print(error, file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import importlib
+import math
 import queue
 import secrets
 import threading
@@ -12,13 +13,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # another one before Python 3.11
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import attrs
 from torch import Tensor
 
-from rlhf_plugins.engines.vllm import buckets, wire
+from rlhf_plugins.engines.vllm import buckets, group, ipc, wire
 from rlhf_plugins.engines.vllm.sampler import Sampler, Settings
 
 _LAST_MOMENT = 1.0
@@ -43,28 +45,46 @@ class _Load:
     run: str
     version: int
     adapter: Mapping[str, Any] | None
+    fetched: bool
     name: str = attrs.Factory(lambda: secrets.token_hex(8))
-    arrived: queue.Queue[dict[str, Tensor] | None] = attrs.Factory(lambda: queue.Queue(1))
+    arrived: queue.Queue[Any] = attrs.Factory(lambda: queue.Queue(1))
     tensors: int = 0
     broken: str = ""
     done: Future[None] = attrs.Factory(Future)
 
-    def put(self, bucket: dict[str, Tensor] | None) -> None:
+    def put(self, bucket: Any) -> None:
         """Hand a bucket on, or None, the end; waits until there is room for it.
 
         Raises:
             Whatever ended the load early.
         """
         while True:
-            if self.done.done():
-                self.done.result()
-                raise Conflict(self.broken or "the load was over before all weights were sent")
+            self.check()
             with contextlib.suppress(queue.Full):
                 self.arrived.put(bucket, timeout=0.2)
                 return
 
+    def check(self) -> None:
+        """
+        Raises:
+            Whatever ended the load early.
+        """
+        if self.done.done():
+            self.done.result()
+            raise Conflict(self.broken or "the load was over before all weights were sent")
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """What arrives, as the sampler wants it."""
+        for bucket in self._buckets():
+            yield from bucket.items()
+
+    def places(self) -> Iterator[group.Coming | ipc.Laid]:
+        """Where it arrives; each bucket has been taken when the next is asked for."""
+        for bucket, taken in self._buckets():
+            yield bucket
+            taken.set()
+
+    def _buckets(self) -> Iterator[Any]:
         waited = 0.0
         while True:
             if self.broken:
@@ -79,35 +99,65 @@ class _Load:
             if bucket is None:
                 return
             waited = 0.0
-            yield from bucket.items()
+            yield bucket
+
+
+@attrs.frozen
+class _Meeting:
+    """Of the workers and a trainer."""
+
+    store: group.Store
+    """As long as the group is: some libraries ask it later, too."""
+    joined: Future[list[str]]
+    name: str = attrs.Factory(lambda: secrets.token_hex(8))
+
+
+class ServedSampler(Sampler, Protocol):
+    """What a server has: its workers also fetch weights from where the trainer says."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that hold a part of the model."""
+
+    def sees(self, probe: ipc.Probe) -> bool:
+        """Whether they can open memory of the trainer's GPU."""
+
+    def join(self, at: group.Address) -> list[str]:
+        """Meet the trainer; the text that it broadcasts first, as it arrived at each worker."""
+
+    def fetch(self, found: Iterator[group.Coming | ipc.Laid], version: int) -> None:
+        """As `load`, of weights of which it is told where they are."""
 
 
 class Service:
     """The sampler, and what it holds. Its work is done by the thread that calls `work`, in the order asked for: a vLLM
     stays on the thread that made it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, host: str = "127.0.0.1") -> None:
         """
         Args:
             settings: what the vLLM must be like, whatever a run wishes.
+            host: the address that its clients reach it at.
         """
         self.instance = secrets.token_hex(8)
         self.folder: Path | None = None
         """Of shared memory, that a client has shown to share."""
+        self.host = host
         self._settings = settings
         self._opened: Mapping[str, Any] | None = None
         self._opening = threading.Event()
         self._state: Literal["waiting", "starting", "ready", "failed"] = "waiting"
-        self._sampler: Sampler | None = None
-        self._jobs: queue.Queue[tuple[str, Callable[[Sampler], Any], Future[Any]] | None] = queue.Queue()
+        self._sampler: ServedSampler | None = None
+        self._jobs: queue.Queue[tuple[str, Callable[[ServedSampler], Any], Future[Any]] | None] = queue.Queue()
         self._doing = ""
         self._run = ""
         self._load: _Load | None = None
+        self._meeting: _Meeting | None = None
         self._lock = threading.Lock()
 
     # The thread of the sampler
 
-    def work(self, make: Callable[[Settings], Sampler]) -> None:
+    def work(self, make: Callable[[Settings], ServedSampler]) -> None:
         """Until it is told to stop. A vLLM is made when a run has said what it must be like.
 
         Raises:
@@ -179,19 +229,67 @@ class Service:
             self.folder = path.parent
         return wire.Seen(seen)
 
+    def sees(self, asked: ipc.Probe) -> wire.Seen:
+        return wire.Seen(self._asked("looking at a GPU's memory", lambda sampler: sampler.sees(asked)))
+
+    def meet(self, asked: group.Join) -> group.Meeting:
+        """Workers join as soon as the trainer does; whether they have is for `met` to tell."""
+        if not math.isfinite(asked.seconds) or asked.seconds <= 0:
+            raise wire.WireError(f"message.seconds is out of range: {asked.seconds}")
+        sampler = self._sampler
+        if sampler is None:
+            raise Conflict("it has not started")
+        store, joined = group.Store(self.host), Future[list[str]]()
+        at = group.Address(store.host, store.port, store.key, sampler.workers + 1, asked.library, asked.seconds)
+        with self._lock:
+            if self._load is not None:  # nothing would go on before it is over, and its client may be gone
+                self._load.broken = "a meeting of its workers with another began"
+            if self._meeting is not None:
+                self._meeting.store.end()
+            self._meeting = _Meeting(store, joined)
+        self._queue("meeting the trainer", lambda sampler: sampler.join(at), joined)
+        return group.Meeting(self._meeting.name, store.port, store.key, sampler.workers)
+
+    def met(self, asked: group.Text) -> wire.Seen:
+        texts = self._met(asked.meeting).joined.result()
+        return wire.Seen(all(hmac.compare_digest(text.encode(), asked.content.encode()) for text in texts))
+
+    def leave(self, asked: group.Leave) -> wire.Refusal:
+        """End a meeting, and wait until the workers have left it; why they didn't meet, where that is why."""
+        meeting = self._met(asked.meeting)
+        meeting.store.end()
+        try:
+            error = meeting.joined.exception(group.JOIN)
+        except FutureTimeoutError:
+            raise Conflict("its workers don't leave a meeting") from None
+        return wire.Refusal("" if error is None else " ".join(str(error).split())[:300])
+
+    def _met(self, name: str) -> _Meeting:
+        if self._meeting is None or self._meeting.name != name:
+            raise Taken("its workers have met another run since; a server is for one run at a time")
+        return self._meeting
+
     def begin(self, asked: wire.Begin) -> wire.Begun:
         if asked.version < 0 or not asked.run:
             raise wire.WireError("a load has a version from 0 and a run")
-        load = _Load(asked.run, asked.version, asked.adapter)
+        if asked.fetched and asked.adapter is not None:
+            raise wire.WireError("adapters aren't fetched")
+        load = _Load(asked.run, asked.version, asked.adapter, asked.fetched)
         with self._lock:
             if self._load is not None:  # its client is gone, or has begun anew
                 self._load.broken = "another load began"
             self._load = load
 
-        def take(sampler: Sampler) -> None:
+        def take(sampler: ServedSampler) -> None:
             if load.broken:
                 raise Conflict(load.broken)
-            if load.adapter is None:
+            if load.adapter is None and load.fetched:
+                self._run = ""
+                try:
+                    sampler.fetch(load.places(), load.version)
+                except OSError as error:
+                    raise Conflict(f"the trainer was lost: {error}") from error
+            elif load.adapter is None:
                 self._run = ""  # until all of it is there, it holds nobody's weights
                 sampler.load(load.stream, load.version)
             else:
@@ -205,9 +303,25 @@ class Service:
         return wire.Begun(load.name)
 
     def bucket(self, name: str, found: dict[str, Tensor]) -> wire.Done:
-        load = self._loading(name)
+        load = self._loading(name, fetched=False)
         load.put(found)
         load.tensors += len(found)
+        return wire.Done(load.version)
+
+    def announce(self, asked: group.Coming | ipc.Laid) -> wire.Done:
+        """Where the workers find a bucket. What lies somewhere is taken on return; a broadcast, the trainer begins."""
+        load, taken = self._loading(asked.load, fetched=True), threading.Event()
+        if isinstance(asked, group.Coming):
+            self._met(asked.meeting)
+        load.put((asked, taken))
+        while isinstance(asked, ipc.Laid) and not taken.wait(0.2):
+            load.check()
+        load.tensors += len(asked.places)
+        return wire.Done(load.version)
+
+    def check(self, asked: wire.Begun) -> wire.Done:
+        load = self._loading(asked.load)
+        load.check()
         return wire.Done(load.version)
 
     def end(self, asked: wire.End) -> wire.Done:
@@ -222,7 +336,7 @@ class Service:
     def sample(self, asked: wire.SampleRequest) -> wire.Answers:
         wire.check(asked.asks)
 
-        def sample(sampler: Sampler) -> list[Any]:
+        def sample(sampler: ServedSampler) -> list[Any]:
             self._must_hold(asked.run, asked.version, sampler)
             return sampler.sample(asked.asks)
 
@@ -232,7 +346,7 @@ class Service:
         if not all(len(sequence) > 1 for sequence in asked.sequences):
             raise wire.WireError("a sequence to score has two tokens at least")
 
-        def score(sampler: Sampler) -> list[list[float]]:
+        def score(sampler: ServedSampler) -> list[list[float]]:
             self._must_hold(asked.run, asked.version, sampler)
             return sampler.score(asked.sequences)
 
@@ -240,7 +354,7 @@ class Service:
         return wire.Scored(asked.version, tuple(tuple(one) for one in found))
 
     def prints(self, asked: wire.PrintsRequest) -> wire.Prints:
-        def look(sampler: Sampler) -> Mapping[str, list[float]]:
+        def look(sampler: ServedSampler) -> Mapping[str, list[float]]:
             self._must_hold(asked.run, asked.version, sampler)
             return sampler.fingerprints(asked.shapes)
 
@@ -262,25 +376,27 @@ class Service:
             holds = f"version {sampler.version}" if self._run else "no weights of this run"
             raise Conflict(f"asked of version {version}, and the server holds {holds}")
 
-    def _loading(self, name: str) -> _Load:
+    def _loading(self, name: str, fetched: bool | None = None) -> _Load:
         load = self._load
         if load is None or load.name != name:
             raise Conflict("no such load, or another one began since")
+        if fetched not in (None, load.fetched):
+            raise wire.WireError("a load brings its weights itself, or they are fetched; not both")
         return load
 
-    def _asked(self, what: str, call: Callable[[Sampler], T]) -> T:
+    def _asked(self, what: str, call: Callable[[ServedSampler], T]) -> T:
         future: Future[T] = Future()
         self._queue(what, call, future)
         return future.result()
 
-    def _queue(self, what: str, call: Callable[[Sampler], Any], future: Future[Any]) -> None:
+    def _queue(self, what: str, call: Callable[[ServedSampler], Any], future: Future[Any]) -> None:
         if self._sampler is None:
             raise Conflict("it has not started")
         self._jobs.put((what, call, future))
 
 
-def sampler_class(dotted: str) -> Callable[[Settings], Sampler]:
+def sampler_class(dotted: str) -> Callable[[Settings], ServedSampler]:
     """`module:Class`, imported."""
     module, _, name = dotted.partition(":")
-    found: Callable[[Settings], Sampler] = getattr(importlib.import_module(module), name)
+    found: Callable[[Settings], ServedSampler] = getattr(importlib.import_module(module), name)
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from rlhf.api import Plan, PlannedComponent
+from rlhf.api import Plan, PlannedComponent, Problem
 from rlhf_plugins.memory import LoraConfig
 
 MOST_RANK = 512
@@ -52,18 +52,45 @@ def no_adapter(plan: Plan) -> str | None:
     return None
 
 
+CARRIERS = ("auto", "host", "cuda-ipc", "broadcast")
+
+
 def carrier_of(plan: Plan, config: Any) -> Way | None:
-    """What carries weights to another process; None where there is none."""
+    """What carries weights to another process, or is tried first; None where there is none."""
     if config.place == "inside":
         return None
-    memory = "through shared memory where both see the same, else as bodies of requests; that is tried"
-    if config.place == "server":
-        return Way("host", memory)
-    if "cuda" not in plan.machine.provides:
-        return Way("host", memory)
-    if config.tensor_parallel_size > 1:
-        return Way("host", f"{memory}. The engine's workers have other GPUs than the trainer")
-    return Way("cuda-ipc", "from the trainer's GPU memory to the engine's, which has the same GPU (CUDA IPC)")
+    gpu = "cuda" in plan.machine.provides
+    name = config.carrier
+    if name == "auto":
+        name = "host" if not gpu else "cuda-ipc" if config.place == "beside" else "broadcast"
+    otherwise = "" if config.carrier != "auto" else "; by way of the host where that isn't open, which is tried"
+    workers = "its workers" if config.tensor_parallel_size > 1 else "it"
+    if name == "cuda-ipc":
+        then = ", and from there to the other workers" if config.tensor_parallel_size > 1 else ""
+        how = f"from the trainer's GPU memory to the engine's, which has the same GPU (CUDA IPC){then}"
+    elif name == "broadcast":
+        library = "NCCL, from GPU to GPU" if gpu else "gloo, from memory to memory"
+        how = f"to {workers} by a broadcast ({library})"
+    else:
+        how, otherwise = "through shared memory where both see the same, else as bodies of requests; that is tried", ""
+    return Way(name, f"{how}{otherwise}")
+
+
+def carrier_fits(plan: Plan, component: PlannedComponent) -> Iterator[Problem]:
+    """Whether it can be the one that is asked for."""
+    config, gpu = component.config, "cuda" in plan.machine.provides
+    what = f"--engine.carrier {config.carrier}"
+    if config.carrier != "auto" and config.place == "inside":
+        yield Problem(f"{what}: inside, nothing is carried", "leave it out, or --engine.place beside")
+    elif config.carrier == "cuda-ipc" and not gpu:
+        yield Problem(f"{what}: this machine has no GPU", "leave it out")
+    elif config.carrier == "cuda-ipc" and config.place == "server":
+        yield Problem(f"{what}: a server has GPUs of its own", "--engine.carrier broadcast, or leave it out")
+    elif config.carrier == "broadcast" and config.place == "beside" and gpu:
+        yield Problem(
+            f"{what}: an engine beside has this rank's GPU, and NCCL wants one for each process",
+            "--engine.carrier cuda-ipc",
+        )
 
 
 def notes(plan: Plan, component: PlannedComponent) -> Iterator[str]:

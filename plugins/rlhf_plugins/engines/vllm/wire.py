@@ -1,19 +1,24 @@
 """What a vLLM in another process is asked and answers: JSON, read strictly, and weights as safetensors.
 
-    GET  /health        who it is, what it does, which weights it holds
-    POST /open          start a vLLM like this, or go on with the one that is like this
-    POST /shared        whether it sees a file of this host's shared memory
-    POST /shared/gpu    whether it sees a buffer in the memory of a GPU
-    POST /load          weights, or an adapter, begin to come
-    POST /load/file     some of them, in a file of shared memory
-    POST /load/gpu      some of them, in a buffer of a GPU's memory
-    POST /load/body     some of them, as the body; which load: the header X-Load
-    POST /load/end      that was all
-    POST /sample        responses
-    POST /score         log-probs of given tokens
-    POST /fingerprints  what its weights are like
-    POST /sleep, /wake  give device memory back, take it again
-    POST /shutdown      end
+    GET  /health          who it is, what it does, which weights it holds
+    POST /open            start a vLLM like this, or go on with the one that is like this
+    POST /shared          whether it sees a file of this host's shared memory
+    POST /shared/gpu      whether it sees a buffer in the memory of a GPU
+    POST /group           where its workers meet the trainer, to be broadcast to
+    POST /group/text      whether a text that was broadcast has arrived
+    POST /group/leave     the meeting is over
+    POST /load            weights, or an adapter, begin to come
+    POST /load/file       some of them, in a file of shared memory
+    POST /load/body       some of them, as the body; which load: the header X-Load
+    POST /load/gpu        some of them, in a buffer of a GPU's memory
+    POST /load/broadcast  some of them, which are broadcast next
+    POST /load/check      whether the load goes on
+    POST /load/end        that was all
+    POST /sample          responses
+    POST /score           log-probs of given tokens
+    POST /fingerprints    what its weights are like
+    POST /sleep, /wake    give device memory back, take it again
+    POST /shutdown        end
 
 Every request carries `Authorization: Bearer TOKEN`. What samples or scores names the run and the version of the weights
 that it means: a server that holds others refuses, so that nothing is ever sampled from the wrong weights unnoticed.
@@ -35,10 +40,12 @@ from rlhf_plugins.engines.vllm.sampler import Answer, Ask
 
 IN_PROCESS = "rlhf_plugins.engines.vllm.inside:InProcess"
 """The sampler that is served where nobody says otherwise."""
-PROTOCOL = 2
+PROTOCOL = 3
 """Both sides must speak the same."""
 BUCKET = 128 << 20
 """Bytes of weights that travel at once; a tensor that is larger travels alone."""
+TEXT = 32
+"""Characters that must arrive on a way before weights go there."""
 MOST_JSON = 256 << 20
 """Bytes of a message of text: 64 responses of 32,000 tokens to prompts as long take 40 MB."""
 MOST_WEIGHTS = 8 << 30
@@ -104,6 +111,8 @@ class Begin:
     version: int
     adapter: Mapping[str, Any] | None
     """PEFT's adapter_config.json; None: the whole model's weights."""
+    fetched: bool
+    """What comes is where the workers find them."""
 
 
 @attrs.frozen
@@ -194,7 +203,7 @@ class Done:
 
 @attrs.frozen
 class Seen:
-    """Whether a file was seen."""
+    """Whether what was laid for it is there."""
 
     shared: bool
 

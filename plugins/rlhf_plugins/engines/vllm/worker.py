@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_plugins.engines.vllm import group, ipc, wire
+from rlhf_plugins.engines.vllm.packing import Place, size_of, taken
 from rlhf_plugins.engines.vllm.shards import own_input, whole
 
 EXTENSION = "rlhf_plugins.engines.vllm.worker.Extension"
@@ -30,6 +33,7 @@ class Extension:
             if getattr(self, "_rlhf_loading", False):
                 finalize_layerwise_reload(model, self.model_config)
             self._rlhf_loading = True
+            self._rlhf_opened = ipc.Opened()
             initialize_layerwise_reload(model)
 
     def take_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -49,9 +53,56 @@ class Extension:
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(runner.get_model(), self.model_config)
         self._rlhf_loading = False
+        self._rlhf_opened.close()
         for reset in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):  # as its own `reload_weights` does
             getattr(runner, reset, lambda: None)()
         repack_heads(runner.get_model())
+
+    def told(self: Any, method: str, *arguments: Any) -> tuple[str, bool, Any]:
+        """(what went wrong, else ""; whether that was the trainer's going; what a method of this class returns). Where
+        one worker of several raised, vLLM would leave the answers of the others for the next call."""
+        try:
+            return "", False, getattr(self, method)(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}", isinstance(error, OSError), None
+
+    # Weights that it fetches
+
+    def join_trainer(self: Any, at: group.Address) -> str:
+        """Leave whatever group it was in, and join another; the text that the trainer broadcasts first."""
+        if (old := getattr(self, "_rlhf_group", None)) is not None:
+            self._rlhf_group = None
+            old.close()
+        self._rlhf_group = group.Group(at, 1 + self.rank, self.device)
+        return self._rlhf_group.text  # type: ignore[no-any-return]
+
+    def take_broadcast(self: Any, places: Sequence[Place]) -> None:
+        """Weights that the trainer broadcasts to all workers."""
+        buffer = torch.empty(size_of(places), dtype=torch.uint8, device=self.device)
+        self._rlhf_group.broadcast(buffer)
+        self.take_weights(taken(buffer, places).items())
+
+    def sees_memory(self: Any, probe: ipc.Probe) -> bool:
+        """Whether it can open memory of the trainer's GPU, which is the first worker's: only that one opens it."""
+        return self.rank > 0 or ipc.seen(probe)
+
+    def take_from_gpu(self: Any, handle: ipc.Handle, places: Sequence[Place]) -> None:
+        """Weights in the trainer's GPU memory: the first worker copies them, and hands them on."""
+        from vllm.distributed import get_tp_group
+
+        workers, size = get_tp_group(), size_of(places)
+        buffer, wrong = None, ""
+        if workers.rank_in_group == 0:
+            try:
+                buffer = self._rlhf_opened.copied(handle, size)
+            except (RuntimeError, wire.WireError) as error:
+                wrong = str(error)
+        if wrong := workers.broadcast_object(wrong, 0):  # else the others would wait for it in vain
+            raise wire.WireError(wrong)
+        if buffer is None:
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self.take_weights(taken(workers.broadcast(buffer, 0), places).items())
 
     def fingerprints(self: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[float]]:
         """See `Sampler.fingerprints`."""
