@@ -83,9 +83,12 @@ CASES = (
     Case("sft", "fp32", ("--backend", "ddp"), ranks=2),
     Case("dpo", "bf16,lora,4bit", ("--backend", "ddp"), ranks=2),
     Case("sft", "bf16", ("--backend", "fsdp2"), ranks=2),
+    Case("sft", "fp32", ("--backend", "fsdp2"), ranks=2),
     Case("sft", "fp32,zero1", ranks=2),
     Case("sft", "fp32,zero2", ranks=2),
     Case("sft", "fp32,zero3", ("--mem.zero3.keep-whole", "0"), ranks=2),
+    Case("sft", "fp32,zero2", ("--mem.zero2.offload", "optimizer"), ranks=2),
+    Case("sft", "fp32,zero3", ("--mem.zero3.keep-whole", "0", "--mem.zero3.offload", "optimizer,parameters"), ranks=2),
 )
 
 

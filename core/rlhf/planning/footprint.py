@@ -56,7 +56,8 @@ class ModuleMemory:
     unpacks: bool = False
     """Weights are packed, and unpacked to the precision of products for each product."""
     copies: Mapping[str, float] = attrs.Factory(dict)
-    """Other buffers of its own, bytes by what they are; on its device, as long as the run."""
+    """Other buffers of its own, bytes by what they are, as long as the run; on its device, but for what begins with
+    "host "."""
 
     @property
     def stream(self) -> float:

@@ -174,7 +174,7 @@ class _Planner:
             optimizer=self._state(module),
             activations=found.kept + found.host or found.working,
             head=found.head,
-            other=sum(module.copies.values()),
+            other=sum(size for what, size in module.copies.items() if self._cpu or not what.startswith("host ")),
             host=tuple(sorted(module.host)),
             sharding=over if ranks_of(self.plan) > 1 else "whole",
         )
@@ -241,7 +241,8 @@ class _Planner:
             if module.role in owners:
                 add("whole layers", self._whole_layer(module))
             add("optimiser", self._state(module), "optimizer" in module.host)
-            add("other", sum(module.copies.values()))
+            for what, size in module.copies.items():
+                add("other", size, what.startswith("host "))
             add("files", self._mapped(module))
         if held and self._cpu:
             add("libraries", LIBRARIES + (PACKED if any(m.compute == 4 for m in self._modules.values()) else 0.0))

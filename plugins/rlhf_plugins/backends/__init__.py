@@ -60,6 +60,17 @@ def _largest_bucket(module: ModuleMemory, plan: Plan, component: PlannedComponen
     return attrs.evolve(module, copies={**module.copies, "bucket": bucket})
 
 
+def _sharded(module: ModuleMemory, plan: Plan, component: PlannedComponent) -> ModuleMemory:
+    """All of it is spread over ranks. On a CPU each layer's whole gradients come and go between what stays of the layers
+    before, and leave gaps in the heap: in runs of a 135M model .6 and .7 GB more than all tensors, in bfloat16 and in
+    float32, where a whole model's gradients are .54."""
+    module = divided("weights", "gradients", "optimizer")(module, plan, component)
+    if "cuda" in plan.machine.provides or plan.world_size == 1 or not module.trained:
+        return module
+    gaps = 4.0 * sum(weight.numbers for weight in module.trained)
+    return attrs.evolve(module, copies={**module.copies, "gaps that whole gradients leave": gaps})
+
+
 @hookimpl
 def rlhf_backends() -> Iterable[Any]:
     yield BackendEntry(
@@ -99,5 +110,5 @@ def rlhf_backends() -> Iterable[Any]:
         impl="rlhf_plugins.backends.fsdp2:FSDP2",
         provides={"replaced-weights"},
         constraints=(one_gpu_a_rank, seen_with("torch", "2.13")),
-        footprint=divided("weights", "gradients", "optimizer"),
+        footprint=_sharded,
     )

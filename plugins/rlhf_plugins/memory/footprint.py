@@ -149,9 +149,10 @@ _AWAY: Mapping[str, Footprint] = {"optimizer": on_host("optimizer"), "parameters
 def zero(module: ModuleMemory, plan: Plan, component: PlannedComponent) -> ModuleMemory:
     """Optimiser state, then gradients, then weights are spread over ranks. DeepSpeed steps on float32 masters of its
     own, spread too, which stand beside the weights, and go where the optimiser's state goes; for the step it copies a
-    rank's gradients into one piece. Gradients are gathered in a buffer that is as large as it may become. Stage 3 adds
-    them up over ranks in another. Under the others, on CPUs, where gloo gathers into memory of its own, each step makes
-    another copy of the weights: it counts all the time, as the heap is at its largest then."""
+    rank's gradients into one piece, there too. On their way between device and host, stages 1 and 2 lay the largest
+    gradient at both ends, and a rank's weights at the host's. Gradients are gathered in a buffer that is as large as it
+    may become. Stage 3 adds them up over ranks in another. Under the others, on CPUs, where gloo gathers into memory of
+    its own, each step makes another copy of the weights: it counts all the time, as the heap is at its largest then."""
     numbers = sum(weight.numbers for weight in module.trained)
     masters = 4.0 * numbers / plan.world_size
     bucket = 4.0 * min(sum(weight.numbers for weight in module.own), BUCKET) if numbers else 0.0
@@ -163,6 +164,15 @@ def zero(module: ModuleMemory, plan: Plan, component: PlannedComponent) -> Modul
         copies["bucket, added up"] = bucket
     elif "cuda" not in plan.machine.provides:
         copies["gathered"] = 4.0 * numbers
-    if "optimizer" not in component.config.offload:
-        copies |= {"masters": masters, "gradients in one piece": masters}
+    away = "optimizer" in component.config.offload
+    where = "host " if away else ""
+    copies |= {f"{where}masters": masters, f"{where}gradients in one piece": masters}
+    if away and component.config.stage < 3 and numbers:
+        largest = max(weight.numel * weight.bytes_each for weight in module.trained)
+        own = sum(weight.numbers * weight.bytes_each for weight in module.trained) / plan.world_size
+        copies |= {
+            "a gradient on its way": largest,
+            "host gradient on its way": largest,
+            "host weights on their way": own,
+        }
     return attrs.evolve(module, copies={**module.copies, **copies} if numbers else module.copies)

@@ -253,6 +253,17 @@ def test_recomputing_keeps_less(planned: Callable[..., Plan]) -> None:
     assert predict(planned("--mem", "fake-again", of=of), lengths).roles[0].activations < 0.5 * kept
 
 
+def test_copies_are_on_the_device_or_on_its_host(planned: Callable[..., Plan]) -> None:
+    def both(module: Any, plan: Any, component: Any) -> Any:
+        return attrs.evolve(module, copies={"average": 1000.0, "host masters": 500.0})
+
+    of = entries(strategy("fake-both", both, phase="wrap"))
+    on_gpu, on_cpu = (predict(planned("--mem", "fake-both", of=of, **gpus)) for gpus in ({"gpus": 1}, {}))
+    assert phase(on_gpu, "update").device["other"] == on_gpu.roles[0].other == 1000
+    assert phase(on_gpu, "update").host == {"other": 500.0}
+    assert phase(on_cpu, "update").device["other"] == on_cpu.roles[0].other == 1500  # there is no other memory
+
+
 def test_components_that_say_nothing_are_told(planned: Callable[..., Plan]) -> None:
     silent = MemoryEntry(name="fake-silent", summary="", impl="m:C", phase="wrap")
     found = predict(planned("--mem", "fake-silent", of=entries(silent)))

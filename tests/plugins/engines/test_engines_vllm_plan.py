@@ -232,6 +232,20 @@ def test_the_plan_counts_what_vllm_holds(plan_of: Callable[..., Plan]) -> None:
     assert phases["update"]["KV cache"] == 2 * other["update"]["KV cache"] == 128 * (512 + 64) * 2 * 2 * 4 * 32 * 4
 
 
+def test_the_plan_counts_the_processes_of_a_cpu(plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf.planning.phases import predict
+
+    def own(*words: str, **more: Any) -> float:
+        return predict(plan_of(*words, **more)).phases[-1].device.get("vLLM's own", 0.0)
+
+    assert own() == 0.27e9
+    assert own("--engine.place", "beside") == 0.6e9
+    assert own(*SPREAD, "2") == pytest.approx(1.8e9)  # the engine's, and its two workers'
+    assert own("--engine.place", "server", "--engine.url", "http://host:1") == 0
+    monkeypatch.setattr(entry, "_builds", lambda: frozenset({"vllm"}))
+    assert own("--engine.place", "beside", on=GPU) == 0  # of the host's memory, which isn't the GPU's
+
+
 def test_a_model_is_spread_where_there_is_room_for_its_workers(
     plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:

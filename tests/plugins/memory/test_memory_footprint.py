@@ -287,7 +287,7 @@ def test_targets_are_those_that_peft_chooses() -> None:
         (("--mem", "fp32,zero1"), 1, 1, 3, 3),
         (("--mem", "fp32,zero2"), 1, 3, 3, 3),
         (("--mem", "fp32,zero3"), 3, 3, 3, 3),
-        (("--mem", "fp32,zero2", "--mem.zero2.offload", "optimizer"), 1, 3, 3, None),
+        (("--mem", "fp32,zero2", "--mem.zero2.offload", "optimizer"), 1, 3, 3, 3),
     ],
 )
 def test_what_ranks_share(
@@ -302,7 +302,11 @@ def test_what_ranks_share(
     assert [found.over("weights"), found.over("gradients"), found.over("optimizer")] == [weights, gradients, optimizer]
     # this model is less than ddp's bucket of 25 MiB and than zero's of 50 million numbers
     spread = {} if masters is None else {"masters": 4 * whole / masters, "gradients in one piece": 4 * whole / masters}
-    bucket = {} if "fsdp2" in words else {"bucket": 4 * whole}
+    bucket = {"gaps that whole gradients leave" if "fsdp2" in words else "bucket": 4 * whole}
+    if "--mem.zero2.offload" in words:  # the host's part; two places for the largest gradient; a copy of own weights
+        largest = 4 * max(weight.numel for weight in alone.trained)
+        spread = {f"host {name}": size for name, size in spread.items()} | {"a gradient on its way": largest}
+        spread |= {"host gradient on its way": largest, "host weights on their way": 4 * whole / 3}
     stage = next((word[-1] for word in words if word.startswith("fp32,zero")), "")
     own = {"3": {"bucket, added up": 4 * whole}, "": {}}.get(stage, {"gathered": 4 * whole})
     assert found.copies == pytest.approx({**spread, **bucket, **own})
