@@ -61,7 +61,7 @@ def _largest_bucket(module: ModuleMemory, plan: Plan, component: PlannedComponen
 
 
 def _sharded(module: ModuleMemory, plan: Plan, component: PlannedComponent) -> ModuleMemory:
-    """All of it is spread over ranks. On a CPU each layer's whole gradients come and go between what stays of the layers
+    """All of it is spread over ranks. On a CPU whole gradients of a layer come and go between what stays of the layers
     before, and leave gaps in the heap: in runs of a 135M model .6 and .7 GB more than all tensors, in bfloat16 and in
     float32, where a whole model's gradients are .54."""
     module = divided("weights", "gradients", "optimizer")(module, plan, component)
