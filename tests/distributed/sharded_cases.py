@@ -23,6 +23,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "dpo": {"algo": "dpo", "optim": {"learning_rate": 1e-4, "weight_decay": 0.1, "schedule": "cosine"}},
     "ppo": {"algo": {"name": "ppo", "epochs": 2, "minibatches": 1, "kl_coef": 0.05},
             "optim": {"learning_rate": 3e-4, "schedule": "linear"}, "engine": {"max_new_tokens": 6}},
+    # Groups that teach nothing are replaced in further rounds, and rows are learnt beside.
+    "dapo": {"algo": {"name": "dapo", "group_size": 3, "minibatches": 2}, "ptx_coef": 0.5, "ptx_batch_size": 3,
+             "optim": {"learning_rate": 3e-4}, "engine": {"max_new_tokens": 6}},
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "4bit": ("dpo", {"mem": ["fp32", "lora", "4bit"]}),
@@ -31,12 +34,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("sft", {"mem": ["fp32", {"name": "lora", "dora": True, "targets": ["all-linear"]}]}),
     "a value head on the policy": ("ppo", {"mem": ["fp32"], "algo": {"name": "ppo", "value_model": "shared"}}),
     "a critic that warms up": ("ppo", {"mem": ["fp32"], "algo": {"name": "ppo", "critic_warmup": 2}}),
+    "rounds, and rows beside": ("dapo", {"mem": ["fp32"], "batch_size": 5}),
     "a rank without rows": ("sft", {"mem": ["fp32"], "batch_size": 1, "micro_batch_tokens": 4096}),
     "bf16": ("sft", {"mem": ["bf16"]}),
     "bf16, lora": ("sft", {"mem": ["bf16", "lora"]}),
 }
 """What else is to go with every sharding: a run, and what is another in its recipe."""
-STEPS = {"sft": 8, "dpo": 8, "ppo": 4}
+STEPS = {"sft": 8, "dpo": 8, "ppo": 4, "dapo": 4}
 """Loop steps that make 8 optimiser steps."""
 
 
@@ -57,9 +61,11 @@ def recipe(run: str, folder: Path, sharding: str = "", lora: bool = False, **mor
         **more,
         "mem": [*more.get("mem", ["fp32", *(["lora"] if lora else [])]), *spread.get("mem", [])],
     }
-    if run == "ppo":
+    if run in ("ppo", "dapo"):
         content["reward"] = {"name": "python", "path": f"{rewarding(folder)}:judge"}
         content["data"] = [str(prompts(folder))]
+    if run == "dapo":
+        content["ptx_data"] = [str(completions(folder))]
     if lora:
         content["optim"] = {**content["optim"], "learning_rate": 1e-2 if run == "sft" else 3e-3}
     # Adam's own eps would turn rounding into a step of the whole rate wherever a gradient is about 0.
@@ -87,5 +93,12 @@ def prompts(folder: Path) -> Path:
          "hard": i % 5 == 0}
         for i in range(60)
     ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def completions(folder: Path) -> Path:
+    path = folder / "completions.jsonl"
+    rows = [{"prompt": f"Question: What is {i} plus 3?\nAnswer:", "completion": f" {i + 3}"} for i in range(10, 21)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

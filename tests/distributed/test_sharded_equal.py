@@ -48,6 +48,7 @@ FEW_VARIANTS = {
     ("4bit", "zero3"),
     ("a critic that warms up", "zero2"),
     ("a rank without rows", "zero3"),
+    ("rounds, and rows beside", "fsdp2"),
     ("bf16, lora", "zero3"),
 }
 ALL_VARIANTS = [
