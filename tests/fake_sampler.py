@@ -77,12 +77,16 @@ class FakeSampler:
         self._note(f"join {at.size}")
         if self._options.get("never_joins"):
             raise RuntimeError("no route to host")
-        for old in self._groups:
-            old.close()
+        self.leave()
         self._each = ThreadPoolExecutor(self.workers)
         make = functools.partial(group.Group, at, device=torch.device("cpu"))
         self._groups = list(self._each.map(make, range(1, at.size)))
         return [own.text for own in self._groups]
+
+    def leave(self) -> None:
+        for own in self._groups:
+            own.close()
+        self._groups = []
 
     def fetch(self, found: Iterator[group.Coming | ipc.Laid], version: int) -> None:
         opened = ipc.Opened()

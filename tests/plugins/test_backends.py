@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from needs import ADAMW8BIT
 from rlhf import checkpoint
 from rlhf.errors import RunError
 from rlhf.interfaces import Context, OptimizerStrategy, TrainedParameter
@@ -160,6 +161,7 @@ def test_steps_after_a_checkpoint_are_the_same_to_the_bit(tmp_path: Path, fused:
     assert steps(weights_only, other, THEN) != expected
 
 
+@ADAMW8BIT
 def test_so_are_those_with_moments_of_8_bits(tmp_path: Path) -> None:
     def one() -> tuple[Single, Container]:
         return prepared(AdamW8bit(AdamW8bitConfig(learning_rate=0.1, max_norm=None, min_size=1), CONTEXT))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from needs import ADAMW8BIT
 from rlhf.compose import compose
 from rlhf.errors import RequestError
 from rlhf.facts import Gpu, Machine
@@ -131,6 +132,7 @@ def updates(strategy: Any, size: int, count: int) -> tuple[torch.Tensor, torch.T
     return before, weight.detach(), optimizer.state[weight]
 
 
+@ADAMW8BIT
 def test_a_small_parameter_takes_adamws_steps() -> None:
     options: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.1}
     _, ours, state = updates(adamw8bit(**options), 4032, 5)
@@ -139,6 +141,7 @@ def test_a_small_parameter_takes_adamws_steps() -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)  # five steps of float32 rounding, weights up to 4
 
 
+@ADAMW8BIT
 def test_a_large_one_takes_nearly_the_same_with_moments_of_8_bits() -> None:
     options: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.1}
     before, ours, state = updates(adamw8bit(**options), 16384, 5)

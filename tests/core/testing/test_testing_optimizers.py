@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from breaking import Outcome, failures
 
+from needs import ADAMW8BIT
 from rlhf.testing import OptimizerContract
 
 
@@ -15,6 +16,7 @@ class TestAdamW(OptimizerContract):
     options = {"weight_decay": 0.1, "schedule": "cosine", "warmup": 0.2}
 
 
+@ADAMW8BIT
 class TestAdamW8bit(OptimizerContract):
     name = "adamw8bit"
     options = {"min_size": 16}  # so that tensors as small as the kit's are packed

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from needs import FSDP2
 from rlhf.compose import compose
 from rlhf.errors import RequestError, RunError
 from rlhf.interfaces import HeadRequest
@@ -247,6 +248,7 @@ def test_a_model_with_another_memory_is_refused(load: Any, attach: Any) -> None:
         attach((module, spec))
 
 
+@FSDP2
 def test_a_plan_counts_the_policy_that_is_gathered_for_a_rollout(typed: Any, installed: Any, machine: Any) -> None:
     """Of the starter's weights in float32 each of four ranks lacks three quarters; loaded they are whole."""
     gathered, loaded = {}, {}

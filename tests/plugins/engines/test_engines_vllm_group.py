@@ -23,7 +23,7 @@ from rlhf_plugins.engines.vllm.beside import Beside
 from rlhf_plugins.engines.vllm.buckets import to_bytes
 from rlhf_plugins.engines.vllm.packing import Buffer, size_of, taken
 from rlhf_plugins.engines.vllm.remote import Deadlines, Server
-from rlhf_plugins.engines.vllm.sampler import Ask, EngineLost, Settings
+from rlhf_plugins.engines.vllm.sampler import Ask, EngineLost, Gone, Settings
 from rlhf_plugins.engines.vllm.serve import HTTPServer, serve
 from rlhf_plugins.engines.vllm.service import Service
 from rlhf_plugins.engines.vllm.worker import Extension
@@ -114,13 +114,13 @@ def test_a_meeting_that_is_over_ends_a_workers_wait(monkeypatch: pytest.MonkeyPa
 def test_who_waits_for_one_that_does_not_come_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "JOIN", 0.3)
     store = group.Store("127.0.0.1")
-    with pytest.raises(ConnectionError):
+    with pytest.raises(TimeoutError):
         group.Group(address(store, 2), 0, CPU, TEXT)
     with ThreadPoolExecutor(1) as each:
         stranger = each.submit(group.Group, attrs.evolve(address(store, 2), key="another"), 1, CPU)
-        with pytest.raises(ConnectionError):  # who has another key isn't met
+        with pytest.raises(TimeoutError):  # who has another key isn't met
             group.Group(address(store, 2), 0, CPU, TEXT)
-        assert isinstance(stranger.exception(), ConnectionError)
+        assert isinstance(stranger.exception(), TimeoutError)
 
 
 def test_a_library_that_waits_too_long_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +238,44 @@ def test_a_second_run_is_told_to_the_first(running: Callable[..., str]) -> None:
     one = Server(url, TOKEN, {}, SOON, carrier="broadcast")
     one.load(lambda: iter(WEIGHTS.items()), 0)
     two = Server(url, TOKEN, {}, SOON, carrier="broadcast")
+    two.load(lambda: iter(WEIGHTS.items()), 0)
     with pytest.raises(RunError, match="its workers have met another run since") as caught:
         one.load(lambda: iter(WEIGHTS.items()), 1)
     assert not isinstance(caught.value, EngineLost)  # else the two would take it from each other for ever
+    assert sampled(two) == right(WEIGHTS)  # nothing of it was touched
+    for engine in (one, two):
+        engine.close()
+
+
+def test_who_meets_workers_in_the_middle_of_a_load_ends_it(running: Callable[..., str]) -> None:
+    url = running()
+    one, others = Server(url, TOKEN, {}, SOON, carrier="broadcast"), []
+
+    def interrupted() -> Iterator[tuple[str, Tensor]]:
+        yield "first", torch.ones(32 << 20)  # a bucket
+        yield "second", torch.ones(32 << 20)
+        others.append(Server(url, TOKEN, {}, SOON, carrier="broadcast", only=True))
+        yield "third", torch.ones(32 << 20)
+        yield "fourth", torch.ones(32 << 20)
+
+    with pytest.raises(RunError, match="another run has met its workers since") as caught:
+        one.load(interrupted, 0)
+    assert not isinstance(caught.value, EngineLost)
+    others[0].load(lambda: iter(WEIGHTS.items()), 0)
+    assert sampled(others[0]) == right(WEIGHTS)
+    for engine in (one, *others):
+        engine.close()
+
+
+def test_workers_that_are_busy_are_waited_for(running: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed left responses under way; the next one's patience with a meeting is shorter."""
+    monkeypatch.setattr(group, "JOIN", 0.5)
+    url = running(slow_sample=2.0)
+    one = Server(url, TOKEN, {}, attrs.evolve(SOON, sample=0.1, pace=1e6), carrier="broadcast")
+    one.load(lambda: iter(WEIGHTS.items()), 0)
+    with pytest.raises(EngineLost, match="in vain"):
+        sampled(one)
+    two = Server(url, TOKEN, {}, SOON, carrier="broadcast", only=True)
     two.load(lambda: iter(WEIGHTS.items()), 0)
     assert sampled(two) == right(WEIGHTS)
     for engine in (one, two):
@@ -273,15 +308,15 @@ def test_a_load_is_of_one_sort(running: Callable[..., str]) -> None:
     engine = Server(running(), TOKEN, {}, SOON)
     for fetched, path, message in (
         (True, "/load/body", to_bytes({"x": torch.ones(1)})),
-        (False, "/load/broadcast", group.Coming("", "m", ())),
+        (False, "/load/broadcast", group.Coming("", ())),
     ):
-        load = engine.ask("/load", wire.Begin("r", 0, None, fetched), wire.Begun, "a load").load
+        load = engine.ask("/load", wire.Begin("r", 0, None, fetched, ""), wire.Begun, "a load").load
         if isinstance(message, group.Coming):
             message = attrs.evolve(message, load=load)
         with pytest.raises(RunError, match="or they are fetched; not both"):
             engine.ask(path, message, wire.Done, "a bucket", headers={"X-Load": load})
     with pytest.raises(RunError, match="adapters aren't fetched"):
-        engine.ask("/load", wire.Begin("r", 0, {}, True), wire.Begun, "a load")
+        engine.ask("/load", wire.Begin("r", 0, {}, True, ""), wire.Begun, "a load")
     with pytest.raises(RunError, match=r"message\.seconds is out of range"):
         engine.ask("/group", group.Join("gloo", 0.0), group.Meeting, "a place to meet")
     engine.close()
@@ -338,6 +373,32 @@ def test_a_way_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("host", "cuda-ipc", "broadcast"):
         carriers.opened(None, name, "cuda:1")  # type: ignore[arg-type]
     assert made == [("Host",), ("SameGPU", "cuda:1"), ("Broadcast", "cuda:1")]
+
+
+def test_an_engine_without_one_of_its_workers_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(Settings("m", {}))
+    server = HTTPServer("127.0.0.1", 0, TOKEN, service)
+    ended: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            serve(server, FakeSampler)
+        except Gone as error:
+            ended.append(error)
+
+    def gone(self: Any, asks: Any) -> Any:
+        raise Gone("a worker of the vLLM is gone: RuntimeError: cancelled")
+
+    monkeypatch.setattr(FakeSampler, "score", gone)
+    thread = threading.Thread(target=work)
+    thread.start()
+    engine = Server(f"http://127.0.0.1:{server.server_port}", TOKEN, {}, SOON)
+    engine.load(lambda: iter(WEIGHTS.items()), 0)
+    with pytest.raises(EngineLost, match="a worker of the vLLM is gone"):
+        engine.score([(1, 2)])
+    thread.join(10.0)
+    assert ended and not thread.is_alive()
+    engine.close()
 
 
 def test_of_several_workers_an_error_of_one_is_told_by_all_answering() -> None:

@@ -202,7 +202,7 @@ def test_a_short_token_is_none() -> None:
         (
             "POST",
             "/load",
-            b'{"run": "", "version": 0, "adapter": null, "fetched": false}',
+            b'{"run": "", "version": 0, "adapter": null, "fetched": false, "meeting": ""}',
             {},
             400,
             "has a version from 0 and a run",
@@ -245,7 +245,7 @@ def test_nothing_is_sampled_from_other_weights(running: Callable[..., Running]) 
 def test_a_run_says_what_the_server_must_be_like(running: Callable[..., Running]) -> None:
     server = running(seed=7)
     assert server.service.health().state == "waiting"
-    asked = wire.write(wire.Begin("r", 0, None, False))
+    asked = wire.write(wire.Begin("r", 0, None, False, ""))
     assert server.raw("POST", "/load", asked) == (409, {"error": "it has not started"})
     Server(server.url, TOKEN, {"dtype": "float32", "seed": 1}, SOON).close()
     assert server.service._sampler._options == {"dtype": "float32", "seed": 7}  # its own goes before
@@ -303,7 +303,7 @@ def test_a_load_that_breaks_off_leaves_no_weights(running: Callable[..., Running
 def test_a_load_that_lacks_a_tensor_is_none(running: Callable[..., Running]) -> None:
     server = running()
     Server(server.url, TOKEN, {}, SOON).close()  # it has started
-    _, begun = server.raw("POST", "/load", wire.write(wire.Begin("r", 0, None, False)))
+    _, begun = server.raw("POST", "/load", wire.write(wire.Begin("r", 0, None, False, "")))
     body = buckets.to_bytes({"x": torch.ones(1)})
     assert server.raw("POST", "/load/body", body, X_Load=begun["load"]) == (200, {"version": 0})
     status, said = server.raw("POST", "/load/end", wire.write(wire.End(begun["load"], 2)))

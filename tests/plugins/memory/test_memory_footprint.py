@@ -14,6 +14,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+from needs import ADAMW8BIT, FSDP2
 from rlhf.api import Weight
 from rlhf.assemble import make
 from rlhf.compose import compose
@@ -171,7 +172,7 @@ def test_gpt2_is_counted_though_its_matrices_are_of_another_class(built: Any, me
     assert sum(role.weights for role in predict(plan).roles) == held(models.trained)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optim", ["adamw", pytest.param("adamw8bit", marks=ADAMW8BIT)])
 @pytest.mark.parametrize("mem", ["fp32", "bf16,lora"])
 def test_optimiser_state_is_exact(built: Any, optim: str, mem: str) -> None:
     plan, models = built("llama", "--algo", "sft", "--mem", mem, "--optim", optim)
@@ -187,6 +188,7 @@ def test_optimiser_state_is_exact(built: Any, optim: str, mem: str) -> None:
     assert sum(role.optimizer for role in predict(plan).roles) == real
 
 
+@ADAMW8BIT
 def test_small_tensors_keep_float32_moments(built: Any) -> None:
     plan, _ = built("llama", "--algo", "sft", "--optim", "adamw8bit")
     small = Weight(name="w", shape=(64, 63), kind="linear", count=2)  # 4032 weights, below min_size
@@ -283,7 +285,7 @@ def test_targets_are_those_that_peft_chooses() -> None:
     ("words", "weights", "gradients", "optimizer", "masters"),
     [
         (("--backend", "ddp"), 1, 1, 1, None),
-        (("--backend", "fsdp2"), 3, 3, 3, None),
+        pytest.param(("--backend", "fsdp2"), 3, 3, 3, None, marks=FSDP2),
         (("--mem", "fp32,zero1"), 1, 1, 3, 3),
         (("--mem", "fp32,zero2"), 1, 3, 3, 3),
         (("--mem", "fp32,zero3"), 3, 3, 3, 3),

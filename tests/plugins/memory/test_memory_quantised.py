@@ -26,6 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from needs import needs
 from rlhf.cli import main
 from rlhf.compose import compose
 from rlhf.errors import RequestError
@@ -428,6 +429,7 @@ def test_an_old_bitsandbytes_is_told(typed: Typed, installed: Registry, monkeypa
     assert told("0.48.0", *mem) == told("0.49.2", *optim, on=GPU) == told("1.0", *mem, *optim) == []
 
 
+@needs("bitsandbytes", "0.49")
 def test_rows_that_would_be_unpacked_wrongly_are_refused(
     typed: Typed, installed: Registry, folder: Folder, strategies: Strategies, prepared: Prepared
 ) -> None:

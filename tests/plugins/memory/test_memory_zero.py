@@ -9,6 +9,7 @@ from collections.abc import Callable
 import attrs
 import pytest
 
+from needs import FSDP2
 from rlhf.compose import compose
 from rlhf.errors import RequestError
 from rlhf.facts import Machine
@@ -53,8 +54,8 @@ def test_zero_brings_its_backend(
 @pytest.mark.parametrize(
     "words",
     [
-        ("--mem", "lora,4bit", "--backend", "fsdp2"),
-        ("--mem", "reference=8bit", "--backend", "fsdp2"),  # frozen roles stay whole
+        pytest.param(("--mem", "lora,4bit", "--backend", "fsdp2"), marks=FSDP2),
+        pytest.param(("--mem", "reference=8bit", "--backend", "fsdp2"), marks=FSDP2),  # frozen roles stay whole
         *((("--mem", f"lora,{quantised},{zero}")) for quantised in ("4bit", "8bit") for zero in ("zero1", "zero3")),
     ],
 )
@@ -64,8 +65,12 @@ def test_quantised_bases_under_what_takes_them(words: tuple[str, ...], planned: 
 
 def test_without_zero_several_processes_take_ddp(planned: Callable[..., Plan]) -> None:
     assert planned("--algo", "sft", "--nproc", "2").backend.name == "ddp"
-    assert planned("--algo", "sft", "--nproc", "2", "--backend", "fsdp2").backend.name == "fsdp2"
     assert planned("--algo", "sft", ranks=2).backend.name == "ddp"
+
+
+@FSDP2
+def test_several_processes_take_another_backend_when_it_is_named(planned: Callable[..., Plan]) -> None:
+    assert planned("--algo", "sft", "--nproc", "2", "--backend", "fsdp2").backend.name == "fsdp2"
 
 
 def test_what_is_to_be_offloaded_is_an_option(planned: Callable[..., Plan]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from rlhf_plugins.engines.vllm.remote import Server
 
 
+_LEAVING = 6.0
+"""Seconds in which all workers have seen that a group is over, and its load says why."""
+
+
 class Refused(Exception):  # noqa: N818 - an answer
     """A way isn't open between these two processes; says why."""
 
@@ -31,6 +36,8 @@ class Carrier(Protocol):
     name: str
     fetched: bool
     """What is sent is where the workers find weights; else it is the weights."""
+    meeting: str
+    """Of the workers with this process; empty where there is none."""
 
     def send(self, server: Server, load: str, weights: Iterator[tuple[str, Tensor]]) -> Iterator[int]:
         """Send them; how many tensors each bucket has.
@@ -47,6 +54,7 @@ class Host:
     """By way of this host's memory: files of shared memory where the other sees them, else bodies of requests."""
 
     fetched = False
+    meeting = ""
 
     def __init__(self, server: Server) -> None:
         self._folder = _shared_folder(server)
@@ -91,6 +99,7 @@ class SameGPU:
 
     name = "cuda-ipc"
     fetched = True
+    meeting = ""
 
     def __init__(self, server: Server, device: str) -> None:
         """
@@ -137,42 +146,59 @@ class Broadcast:
         library: group.Library = "nccl" if torch.device(device).type == "cuda" else "gloo"
         seconds, content = server.deadlines.load, _text()
         try:
-            join = group.Join(library, seconds)
-            met = server.ask("/group", join, group.Meeting, "a place to meet", seconds=group.JOIN)
+            met = server.ask("/group", group.Join(library, seconds), group.Meeting, "its workers to be free")
         except EngineLost:
             raise
         except RunError as error:
             raise Refused(str(error)) from error
-        self._meeting = met.name
+        self.meeting = met.name
         at = group.Address(server.host, met.port, met.key, met.workers + 1, library, seconds)
+        self._group: group.Group | None = None
+        why = ""
         try:
             self._group = group.Group(at, 0, torch.device(device), content)
             text = group.Text(met.name, content)
-            seen = server.ask("/group/text", text, wire.Seen, f"{met.workers} workers to meet", seconds=group.JOIN)
+            what = f"{met.workers} workers to meet"
+            if not server.ask("/group/text", text, wire.Seen, what, seconds=2 * group.JOIN).shared:
+                why = "what was broadcast didn't arrive"
         except EngineLost:
+            self.close()
             raise
         except (OSError, RunError) as error:
-            leave = group.Leave(met.name)
-            why = server.ask("/group/leave", leave, wire.Refusal, "workers to leave", seconds=2 * group.JOIN).error
-            raise Refused(f"its workers and this process didn't meet: {why or error}") from error
-        if not seen.shared:
-            self._group.close()
-            raise Refused("what was broadcast didn't arrive")
+            why = f"its workers and this process didn't meet: {error}"
+        if why:
+            self.close()
+            leave, what = group.Leave(met.name), "workers to leave a meeting"
+            theirs = server.ask("/group/leave", leave, wire.Refusal, what, seconds=3 * group.JOIN).error
+            raise Refused(f"its workers and this process didn't meet: {theirs}" if theirs else why)
 
     def send(self, server: Server, load: str, weights: Iterator[tuple[str, Tensor]]) -> Iterator[int]:
         for laid, places in Buffer(self._device).buckets(weights):
             what = f"{len(places)} tensors to be broadcast"
-            server.ask("/load/broadcast", group.Coming(load, self._meeting, places), wire.Done, what)
+            server.ask("/load/broadcast", group.Coming(load, places), wire.Done, what)
+            assert self._group is not None
             try:
                 self._group.broadcast(laid, look=lambda: server.check(load))
             except OSError as error:
                 if not isinstance(error, TimeoutError):
-                    server.check(load)  # who left says why
+                    self._ask_why(server, load)
                 server.lost(what, server.deadlines.load, error)
             yield len(places)
 
+    def _ask_why(self, server: Server, load: str) -> None:
+        """Who left says why; others who waited with it must have left, too.
+
+        Raises:
+            RunError, EngineLost: that is why.
+        """
+        end = time.monotonic() + _LEAVING
+        while time.monotonic() < end:
+            server.check(load)
+            time.sleep(0.1)
+
     def close(self) -> None:
-        self._group.close()
+        if self._group is not None:
+            self._group.close()
 
 
 def _text() -> str:

@@ -30,6 +30,8 @@ from rlhf_plugins.engines.vllm.packing import Place, text_of, written
 dist: Any = torch.distributed  # which doesn't name its stores and groups to a type checker
 JOIN = 60.0
 """Seconds for all to meet, and for a first text to arrive."""
+_ABORT = 10.0
+"""Seconds for NCCL to let go of a group."""
 _LOOK = 2.0
 """Seconds between two looks at whether the others are still at it."""
 _POLL = 2e-4
@@ -78,7 +80,6 @@ class Coming:
     """Some of the weights, which are broadcast next."""
 
     load: str
-    meeting: str
     places: tuple[Place, ...]
 
 
@@ -101,20 +102,25 @@ class Store:
 
     def __init__(self, host: str) -> None:
         """
+        Args:
+            host: the address at which the trainer reaches this host.
+
         Raises:
             OSError: nothing can listen there.
         """
         with socket.create_server((host, 0)) as found:
             self.port: int = found.getsockname()[1]
             listener = found.detach()
-        self.host = "127.0.0.1" if host in ("", "0.0.0.0") else host
+        self.host = host
+        self.over = False
         self.key = secrets.token_hex(16)
         self._store = dist.TCPStore(
-            self.host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener
+            self.host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener, use_libuv=False
         )
 
     def end(self) -> None:
-        """Tell workers that wait for a broadcast that none comes."""
+        """Tell those who wait that nobody comes, and nothing."""
+        self.over = True
         dist.PrefixStore(self.key, self._store).set("over", "")
 
 
@@ -136,34 +142,46 @@ class Group:
         self._at = at
         self._group: Any = None
         self._busy = False
+        self._late = False
         with _as_connection():
             wait = timedelta(seconds=JOIN)
             store = dist.TCPStore(at.host, at.port, is_master=False, wait_for_workers=False, timeout=wait)
             self._store = dist.PrefixStore(at.key, store)
             self._store.set(f"here/{rank}", _word(at.library, device))
             names = [f"here/{other}" for other in range(at.size)]
-            self._store.wait(names, wait)
+            begun = time.monotonic()
+            while not self._store.check(names):
+                self._look()
+                if time.monotonic() - begun > JOIN:
+                    raise TimeoutError(f"the others didn't come within {JOIN:g} s")
+                time.sleep(0.02)
             _check([self._store.get(name).decode() for name in names])
-            # a library's own waits for the others end when it likes
-            self.text = _within(JOIN, lambda: self._met(rank, device, text))
+            try:  # a library's own waits for the others end when it likes
+                self.text = _within(JOIN, lambda: self._met(rank, device, text))
+            except TimeoutError:
+                self._late = True
+                raise
 
     def _met(self, rank: int, device: torch.device, text: str) -> str:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
         make = _nccl if self._at.library == "nccl" else _gloo
         self._group = make(self._at, self._store, rank)
+        if self._late:
+            self.close()
+            raise TimeoutError("the group was given up meanwhile")
         buffer = torch.zeros(wire.TEXT, dtype=torch.uint8, device=device)
         if rank == 0:
             written(buffer, text)
         self.broadcast(buffer)
         return text_of(buffer)
 
-    def broadcast(self, buffer: Tensor, look: Callable[[], None] | None = None) -> None:
+    def broadcast(self, buffer: Tensor, look: Callable[[], None] = lambda: None) -> None:
         """What the trainer has in its buffer is in everyone's then. One that breaks off is the group's last.
 
         Args:
             buffer: uint8 [n].
-            look: called now and then while it lasts, to end it by raising; left out, at what the store says.
+            look: called now and then while it lasts, to end it by raising; the store is looked at, too.
 
         Raises:
             ConnectionError: another is gone, or the meeting is over.
@@ -184,12 +202,13 @@ class Group:
                     if now - begun > self._at.seconds:
                         raise TimeoutError(f"a broadcast didn't end within {self._at.seconds:g} s")
                     if now - looked > _LOOK:
-                        (look or self._look)()
+                        self._look()
+                        look()
                         looked = now
                     time.sleep(_POLL)
                 work.wait()
         except BaseException:
-            self.close()
+            self.end()
             raise
         self._busy = False
 
@@ -197,16 +216,31 @@ class Group:
         if self._store.check(["over"]):
             raise ConnectionError("the meeting is over")
 
+    def end(self) -> None:
+        """Leave it, and tell the others that it is over."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            self._store.set("over", "")
+        self.close()
+
     def close(self) -> None:
         """Leave it."""
         group, self._group = self._group, None
         if group is None:
             return
         if self._at.library == "nccl":
-            with contextlib.suppress(RuntimeError):
-                group.abort()
-        elif self._busy:  # its destructor would wait for what is under way, and let nothing else run meanwhile
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            try:
+                _within(_ABORT, group.abort)
+            except RuntimeError:
+                return
+            except TimeoutError:
+                _keep(group)
+        elif self._busy:
+            _keep(group)
+
+
+def _keep(group: Any) -> None:
+    """For ever: its destructor would wait for what is under way, and let nothing else run meanwhile."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _nccl(at: Address, store: Any, rank: int) -> Any:
@@ -288,5 +322,7 @@ def _as_connection() -> Iterator[None]:
     """torch's errors of what lies between processes, as the system's own."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ConnectionError(" ".join(str(error).split())[:300]) from error

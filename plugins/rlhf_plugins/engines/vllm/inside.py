@@ -26,7 +26,7 @@ from rlhf.api import Problem, RequestError, here
 from rlhf_plugins.engines.vllm import group, ipc
 from rlhf_plugins.engines.vllm.buckets import buckets
 from rlhf_plugins.engines.vllm.entry import HINT
-from rlhf_plugins.engines.vllm.sampler import Answer, Ask, Settings, Stream
+from rlhf_plugins.engines.vllm.sampler import Answer, Ask, Gone, Settings, Stream
 from rlhf_plugins.engines.vllm.worker import EXTENSION
 
 
@@ -104,6 +104,9 @@ class InProcess:
     def join(self, at: group.Address) -> list[str]:
         return self._rpc("join_trainer", at)
 
+    def leave(self) -> None:
+        self._rpc("leave_trainer")
+
     def load_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
         from vllm.lora.request import LoRARequest
 
@@ -117,8 +120,8 @@ class InProcess:
             # under another name each time: keys and values are known by it
             fresh = LoRARequest(f"version-{number}", number, str(folder))
             if self._adapter is not None:
-                self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
-            self._llm.llm_engine.add_lora(fresh)
+                self._rpc("remove_lora", self._adapter.lora_int_id)
+            self._rpc("add_lora", fresh)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # it is in memory now
         self._adapter = fresh
@@ -171,6 +174,7 @@ class InProcess:
     @contextlib.contextmanager
     def _loading(self, version: int) -> Iterator[None]:
         """Around all weights of a version."""
+        self.version = -1
         with _as_it_was():
             self._rpc("begin_weights")
             yield
@@ -188,12 +192,16 @@ class InProcess:
 
         Raises:
             ConnectionError: the trainer was lost to several, and nothing else is wrong.
+            Gone: one of several is gone.
             RuntimeError: what went wrong in one of several; of a single worker, in this process, it is raised as it is.
         """
         if self.workers == 1:
             found: list[Any] = self._llm.collective_rpc(method, args=arguments)
             return found
-        told = self._llm.collective_rpc("told", args=(method, *arguments))
+        try:
+            told = self._llm.collective_rpc("told", args=(method, *arguments))
+        except Exception as error:  # which nothing that a worker raised is
+            raise Gone(f"a worker of the vLLM is gone: {type(error).__name__}: {error}") from error
         if errors := sorted((lost, wrong) for wrong, lost, _ in told if wrong):  # others are lost where one is wrong
             lost, wrong = errors[0]
             raise ConnectionError(wrong) if lost else RuntimeError(wrong)

@@ -243,7 +243,7 @@ class Server:
         carrier = self._carrier if adapter is None else self._adapters_carrier()
         assert carrier is not None
         self.version = -1
-        begin = wire.Begin(self._run, version, adapter, carrier.fetched)
+        begin = wire.Begin(self._run, version, adapter, carrier.fetched, carrier.meeting)
         load = self.ask("/load", begin, wire.Begun, "a load of weights to begin").load
         count = sum(carrier.send(self, load, weights))
         done = self.ask("/load/end", wire.End(load, count), wire.Done, "weights to be in place")
@@ -256,7 +256,14 @@ class Server:
         Raises:
             EngineLost, RunError: a load doesn't go on.
         """
-        self.ask("/load/check", wire.Begun(load), wire.Done, "a word on the load", seconds=_PULSE)
+        body, what = wire.write(wire.Begun(load)), "a word on the load"
+        try:
+            reply = exchange(self._to, "POST", "/load/check", body, self._headers, seconds=_PULSE, limit=wire.MOST_JSON)
+        except TimeoutError:  # it is busy; what it is busy with has a deadline of its own
+            return
+        except OSError as error:
+            self.lost(what, _PULSE, error)
+        self._read(reply, wire.Done, RunError)
 
     def ask(
         self,

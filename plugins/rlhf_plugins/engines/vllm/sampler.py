@@ -91,5 +91,9 @@ class Sampler(Protocol):
         """Free what it holds."""
 
 
+class Gone(Exception):  # noqa: N818 - what happened
+    """A worker of a vLLM is gone, and the others are of no use without it; raised where the vLLM is."""
+
+
 class EngineLost(RunError):  # noqa: N818 - what happened, as the core's RankLost
     """A vLLM died or let a deadline pass; says what was waited for, and how long."""

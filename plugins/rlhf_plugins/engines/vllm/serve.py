@@ -71,7 +71,7 @@ class _Handler(Handler):
             ("POST", "/open"): (wire.Open, service.open),
             ("POST", "/shared"): (wire.Shared, service.shared),
             ("POST", "/shared/gpu"): (ipc.Probe, service.sees),
-            ("POST", "/group"): (group.Join, service.meet),
+            ("POST", "/group"): (group.Join, lambda join: service.meet(join, self.connection.getsockname()[0])),
             ("POST", "/group/text"): (group.Text, service.met),
             ("POST", "/group/leave"): (group.Leave, service.leave),
             ("POST", "/load"): (wire.Begin, service.begin),
@@ -164,9 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(f"--arguments {given.arguments}: {error}")
     try:
-        server = HTTPServer(
-            given.host, given.port, token_of(given.token_file), Service(Settings(given.model, more), given.host)
-        )
+        server = HTTPServer(given.host, given.port, token_of(given.token_file), Service(Settings(given.model, more)))
     except RequestError as error:
         print(error, file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ import attrs
 from torch import Tensor
 
 from rlhf_plugins.engines.vllm import buckets, group, ipc, wire
-from rlhf_plugins.engines.vllm.sampler import Sampler, Settings
+from rlhf_plugins.engines.vllm.sampler import Gone, Sampler, Settings
 
 _LAST_MOMENT = 1.0
 """Seconds in which one that could not start says why."""
@@ -46,10 +46,11 @@ class _Load:
     version: int
     adapter: Mapping[str, Any] | None
     fetched: bool
+    meeting: str
     name: str = attrs.Factory(lambda: secrets.token_hex(8))
     arrived: queue.Queue[Any] = attrs.Factory(lambda: queue.Queue(1))
     tensors: int = 0
-    broken: str = ""
+    broken: Exception | None = None
     done: Future[None] = attrs.Factory(Future)
 
     def put(self, bucket: Any) -> None:
@@ -71,7 +72,7 @@ class _Load:
         """
         if self.done.done():
             self.done.result()
-            raise Conflict(self.broken or "the load was over before all weights were sent")
+            raise self.broken or Conflict("the load was over before all weights were sent")
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """What arrives, as the sampler wants it."""
@@ -88,7 +89,7 @@ class _Load:
         waited = 0.0
         while True:
             if self.broken:
-                raise Conflict(self.broken)
+                raise self.broken
             try:
                 bucket = self.arrived.get(timeout=0.2)
             except queue.Empty:
@@ -125,6 +126,9 @@ class ServedSampler(Sampler, Protocol):
     def join(self, at: group.Address) -> list[str]:
         """Meet the trainer; the text that it broadcasts first, as it arrived at each worker."""
 
+    def leave(self) -> None:
+        """Leave the group that was joined, where one was."""
+
     def fetch(self, found: Iterator[group.Coming | ipc.Laid], version: int) -> None:
         """As `load`, of weights of which it is told where they are."""
 
@@ -133,16 +137,14 @@ class Service:
     """The sampler, and what it holds. Its work is done by the thread that calls `work`, in the order asked for: a vLLM
     stays on the thread that made it."""
 
-    def __init__(self, settings: Settings, host: str = "127.0.0.1") -> None:
+    def __init__(self, settings: Settings) -> None:
         """
         Args:
             settings: what the vLLM must be like, whatever a run wishes.
-            host: the address that its clients reach it at.
         """
         self.instance = secrets.token_hex(8)
         self.folder: Path | None = None
         """Of shared memory, that a client has shown to share."""
-        self.host = host
         self._settings = settings
         self._opened: Mapping[str, Any] | None = None
         self._opening = threading.Event()
@@ -179,6 +181,9 @@ class Service:
                 self._doing, call, future = job
                 try:
                     future.set_result(call(sampler))
+                except Gone as error:
+                    future.set_exception(Conflict(str(error)))
+                    raise
                 except Exception as error:
                     traceback.print_exc()
                     future.set_exception(error)
@@ -232,23 +237,34 @@ class Service:
     def sees(self, asked: ipc.Probe) -> wire.Seen:
         return wire.Seen(self._asked("looking at a GPU's memory", lambda sampler: sampler.sees(asked)))
 
-    def meet(self, asked: group.Join) -> group.Meeting:
-        """Workers join as soon as the trainer does; whether they have is for `met` to tell."""
+    def meet(self, asked: group.Join, host: str) -> group.Meeting:
+        """Workers join as soon as the trainer does; whether they have is for `met` to tell.
+
+        Args:
+            host: the address at which the trainer reaches this host.
+        """
         if not math.isfinite(asked.seconds) or asked.seconds <= 0:
             raise wire.WireError(f"message.seconds is out of range: {asked.seconds}")
-        sampler = self._sampler
-        if sampler is None:
-            raise Conflict("it has not started")
-        store, joined = group.Store(self.host), Future[list[str]]()
-        at = group.Address(store.host, store.port, store.key, sampler.workers + 1, asked.library, asked.seconds)
         with self._lock:
             if self._load is not None:  # nothing would go on before it is over, and its client may be gone
-                self._load.broken = "a meeting of its workers with another began"
+                self._end_load(Taken("another run has met its workers since; a server is for one run at a time"), "")
             if self._meeting is not None:
                 self._meeting.store.end()
-            self._meeting = _Meeting(store, joined)
-        self._queue("meeting the trainer", lambda sampler: sampler.join(at), joined)
-        return group.Meeting(self._meeting.name, store.port, store.key, sampler.workers)
+        # who joins waits for the others for a minute only, so what is under way comes first
+        workers = self._asked("finishing what it is at", lambda sampler: sampler.workers)
+        store, joined = group.Store(host), Future[list[str]]()
+        meeting = _Meeting(store, joined)
+        at = group.Address(store.host, store.port, store.key, workers + 1, asked.library, asked.seconds)
+
+        def join(sampler: ServedSampler) -> list[str]:
+            if self._meeting is not meeting or store.over:
+                raise Conflict("the meeting is over")
+            return sampler.join(at)
+
+        with self._lock:
+            self._meeting = meeting
+            self._queue("meeting the trainer", join, joined)
+        return group.Meeting(meeting.name, store.port, store.key, workers)
 
     def met(self, asked: group.Text) -> wire.Seen:
         texts = self._met(asked.meeting).joined.result()
@@ -258,11 +274,22 @@ class Service:
         """End a meeting, and wait until the workers have left it; why they didn't meet, where that is why."""
         meeting = self._met(asked.meeting)
         meeting.store.end()
+        left: Future[None] = Future()
+        self._queue("leaving a meeting", lambda sampler: sampler.leave(), left)
         try:
-            error = meeting.joined.exception(group.JOIN)
+            left.result(2 * group.JOIN)
         except FutureTimeoutError:
             raise Conflict("its workers don't leave a meeting") from None
+        error = meeting.joined.exception()
         return wire.Refusal("" if error is None else " ".join(str(error).split())[:300])
+
+    def _end_load(self, why: Exception, meeting: str) -> None:
+        """Of another one who begins; `meeting`: by whose group."""
+        load = self._load
+        assert load is not None
+        load.broken = why
+        if not load.done.done() and load.meeting not in ("", meeting) and self._meeting is not None:
+            self._meeting.store.end()  # its workers may wait for a broadcast that nobody begins
 
     def _met(self, name: str) -> _Meeting:
         if self._meeting is None or self._meeting.name != name:
@@ -274,15 +301,17 @@ class Service:
             raise wire.WireError("a load has a version from 0 and a run")
         if asked.fetched and asked.adapter is not None:
             raise wire.WireError("adapters aren't fetched")
-        load = _Load(asked.run, asked.version, asked.adapter, asked.fetched)
+        load = _Load(asked.run, asked.version, asked.adapter, asked.fetched, asked.meeting)
         with self._lock:
+            if asked.meeting:
+                self._met(asked.meeting)
             if self._load is not None:  # its client is gone, or has begun anew
-                self._load.broken = "another load began"
+                self._end_load(Conflict("another load began"), asked.meeting)
             self._load = load
 
         def take(sampler: ServedSampler) -> None:
             if load.broken:
-                raise Conflict(load.broken)
+                raise load.broken
             if load.adapter is None and load.fetched:
                 self._run = ""
                 try:
@@ -311,8 +340,6 @@ class Service:
     def announce(self, asked: group.Coming | ipc.Laid) -> wire.Done:
         """Where the workers find a bucket. What lies somewhere is taken on return; a broadcast, the trainer begins."""
         load, taken = self._loading(asked.load, fetched=True), threading.Event()
-        if isinstance(asked, group.Coming):
-            self._met(asked.meeting)
         load.put((asked, taken))
         while isinstance(asked, ipc.Laid) and not taken.wait(0.2):
             load.check()
@@ -327,8 +354,8 @@ class Service:
     def end(self, asked: wire.End) -> wire.Done:
         load = self._loading(asked.load)
         if asked.tensors != load.tensors:
-            load.broken = f"{load.tensors} tensors arrived of {asked.tensors}"
-            raise Conflict(load.broken)
+            load.broken = Conflict(f"{load.tensors} tensors arrived of {asked.tensors}")
+            raise load.broken
         load.put(None)
         load.done.result()
         return wire.Done(load.version)

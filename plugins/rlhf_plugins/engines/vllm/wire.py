@@ -113,6 +113,8 @@ class Begin:
     """PEFT's adapter_config.json; None: the whole model's weights."""
     fetched: bool
     """What comes is where the workers find them."""
+    meeting: str
+    """By whose group they are broadcast; empty where they aren't."""
 
 
 @attrs.frozen

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from rlhf_plugins.engines.vllm import group, ipc, wire
@@ -71,15 +72,25 @@ class Extension:
 
     def join_trainer(self: Any, at: group.Address) -> str:
         """Leave whatever group it was in, and join another; the text that the trainer broadcasts first."""
-        if (old := getattr(self, "_rlhf_group", None)) is not None:
-            self._rlhf_group = None
-            old.close()
+        self.leave_trainer()
         self._rlhf_group = group.Group(at, 1 + self.rank, self.device)
         return self._rlhf_group.text  # type: ignore[no-any-return]
 
+    def leave_trainer(self: Any) -> None:
+        """Where it was in a group."""
+        old, self._rlhf_group = getattr(self, "_rlhf_group", None), None
+        if old is not None:
+            old.close()
+
     def take_broadcast(self: Any, places: Sequence[Place]) -> None:
         """Weights that the trainer broadcasts to all workers."""
-        buffer = torch.empty(size_of(places), dtype=torch.uint8, device=self.device)
+        if self._rlhf_group is None:
+            raise ConnectionError("the group was left")
+        try:
+            buffer = torch.empty(size_of(places), dtype=torch.uint8, device=self.device)
+        except BaseException:
+            self._rlhf_group.end()  # else the others would wait for this one
+            raise
         self._rlhf_group.broadcast(buffer)
         self.take_weights(taken(buffer, places).items())
 
@@ -91,17 +102,20 @@ class Extension:
         """Weights in the trainer's GPU memory: the first worker copies them, and hands them on."""
         from vllm.distributed import get_tp_group
 
-        workers, size = get_tp_group(), size_of(places)
-        buffer, wrong = None, ""
-        if workers.rank_in_group == 0:
-            try:
+        workers, wrong = get_tp_group(), ""
+        try:
+            size = size_of(places)
+            if workers.rank_in_group == 0:
                 buffer = self._rlhf_opened.copied(handle, size)
-            except (RuntimeError, wire.WireError) as error:
-                wrong = str(error)
-        if wrong := workers.broadcast_object(wrong, 0):  # else the others would wait for it in vain
-            raise wire.WireError(wrong)
-        if buffer is None:
-            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+            else:
+                buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        except (RuntimeError, wire.WireError) as error:
+            wrong = f"worker {workers.rank_in_group}: {error}"
+        wrongs: list[Any] = [wrong] * workers.world_size
+        if workers.world_size > 1:
+            torch.distributed.all_gather_object(wrongs, wrong, group=workers.cpu_group)
+        if any(wrongs):  # else the others would wait for it in vain
+            raise wire.WireError(next(filter(None, wrongs)))
         self.take_weights(taken(workers.broadcast(buffer, 0), places).items())
 
     def fingerprints(self: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[float]]:
