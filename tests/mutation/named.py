@@ -12,6 +12,7 @@ from typing import NamedTuple
 import named_algorithms
 import named_contrib
 import named_core
+import named_engines
 import named_kit
 import named_models
 import named_preferences
@@ -40,6 +41,7 @@ TABLES = (
     *named_without_critic.TABLES,
     *named_models.TABLES,
     *named_core.TABLES,
+    *named_engines.TABLES,
     *named_contrib.TABLES,
     *named_kit.TABLES,
 )
