@@ -12,7 +12,7 @@ import nox
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "venv"
 INSTALL = ("-c", "constraints.txt", "-e", ".[dev]")
-HEAVY = ("accelerate", "datasets", "numpy", "peft", "safetensors", "torch", "transformers")
+HEAVY = ("accelerate", "datasets", "numpy", "peft", "pyarrow", "safetensors", "torch", "transformers")
 """What nothing imports before a run."""
 TOOLS = ("hatchling", "hypothesis", "ninja", "pytest", "pytest-xdist")
 """What the tests need beside the package and its extras."""
