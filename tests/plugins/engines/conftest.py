@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
+from fake_server import Running
 from rlhf.interfaces import Context, LoadSpec
 from rlhf.plan import Plan
 from rlhf.recipe import RunOptions
@@ -86,3 +87,17 @@ def ask() -> Callable[..., list[Sample]]:
         return [Sample(Prompt(tokens, None, i), count=count, **{"seed": i, **more}) for i, tokens in enumerate(prompts)]
 
     return make
+
+
+@pytest.fixture
+def running() -> Iterator[Callable[..., Running]]:
+    """Starts servers of a fake vLLM."""
+    servers: list[Running] = []
+
+    def make(**arguments: Any) -> Running:
+        servers.append(Running(**arguments))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.service.stop()

@@ -4,7 +4,6 @@ gone ends. The workers of the fake are threads."""
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fake_sampler import FakeSampler
+from fake_server import TOKEN, Running
 from rlhf.errors import RequestError, RunError
 from rlhf_plugins.engines.vllm import carriers, group, wire
 from rlhf_plugins.engines.vllm.beside import Beside
@@ -24,11 +24,8 @@ from rlhf_plugins.engines.vllm.buckets import to_bytes
 from rlhf_plugins.engines.vllm.packing import Buffer, size_of, taken
 from rlhf_plugins.engines.vllm.remote import Deadlines, Server
 from rlhf_plugins.engines.vllm.sampler import Ask, EngineLost, Gone, Settings
-from rlhf_plugins.engines.vllm.serve import HTTPServer, serve
-from rlhf_plugins.engines.vllm.service import Service
 from rlhf_plugins.engines.vllm.worker import Extension
 
-TOKEN = "a-token-of-the-tests"
 SOON = Deadlines(start=60.0, load=20.0, sample=20.0)
 WEIGHTS = {
     "odd": torch.arange(3, dtype=torch.bfloat16),
@@ -162,23 +159,6 @@ def test_a_store_listens_where_it_is_told_and_nowhere_else() -> None:
 # With a server
 
 
-@pytest.fixture
-def running() -> Iterator[Callable[..., str]]:
-    """An address of one with such arguments."""
-    services: list[Service] = []
-
-    def make(**arguments: Any) -> str:
-        service = Service(Settings("m", arguments))
-        server = HTTPServer("127.0.0.1", 0, TOKEN, service)
-        threading.Thread(target=serve, args=(server, FakeSampler), daemon=True).start()
-        services.append(service)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield make
-    for service in services:
-        service.stop()
-
-
 def right(weights: dict[str, Tensor], version: int = 0) -> Any:
     own = FakeSampler(Settings("m", {}))
     own.load(lambda: iter(weights.items()), version)
@@ -191,11 +171,11 @@ def sampled(engine: Server) -> Any:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_weights_are_broadcast_and_adapters_are_not(
-    running: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
 ) -> None:
     monkeypatch.setattr(Buffer.__init__, "__defaults__", (1024,))
     log = tmp_path / "log"
-    engine = Server(running(tensor_parallel_size=workers, log=str(log)), TOKEN, {}, SOON, carrier="broadcast")
+    engine = Server(running(tensor_parallel_size=workers, log=str(log)).url, TOKEN, {}, SOON, carrier="broadcast")
     assert engine.carrier == "broadcast" and engine.why_host == ""
     others = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
     for version, weights in enumerate((WEIGHTS, others)):
@@ -210,11 +190,13 @@ def test_weights_are_broadcast_and_adapters_are_not(
     engine.close()
 
 
-def test_an_error_inside_is_told_whatever_waits(running: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_inside_is_told_whatever_waits(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The fake refuses the first bucket while the second is under way, which nobody takes then."""
     monkeypatch.setattr(Buffer.__init__, "__defaults__", (LARGE,))
     monkeypatch.setattr(group, "_LOOK", 0.1)
-    url = running()
+    url = running().url
     engine = Server(url, TOKEN, {}, SOON, carrier="broadcast")
     wrong = {"unknown": torch.ones(LARGE // 4), "other": torch.ones(LARGE // 4), "third": torch.ones(LARGE // 4)}
     begun = time.monotonic()
@@ -233,8 +215,8 @@ def test_an_error_inside_is_told_whatever_waits(running: Callable[..., str], mon
     other.close()
 
 
-def test_a_second_run_is_told_to_the_first(running: Callable[..., str]) -> None:
-    url = running()
+def test_a_second_run_is_told_to_the_first(running: Callable[..., Running]) -> None:
+    url = running().url
     one = Server(url, TOKEN, {}, SOON, carrier="broadcast")
     one.load(lambda: iter(WEIGHTS.items()), 0)
     two = Server(url, TOKEN, {}, SOON, carrier="broadcast")
@@ -247,8 +229,8 @@ def test_a_second_run_is_told_to_the_first(running: Callable[..., str]) -> None:
         engine.close()
 
 
-def test_who_meets_workers_in_the_middle_of_a_load_ends_it(running: Callable[..., str]) -> None:
-    url = running()
+def test_who_meets_workers_in_the_middle_of_a_load_ends_it(running: Callable[..., Running]) -> None:
+    url = running().url
     one, others = Server(url, TOKEN, {}, SOON, carrier="broadcast"), []
 
     def interrupted() -> Iterator[tuple[str, Tensor]]:
@@ -267,10 +249,10 @@ def test_who_meets_workers_in_the_middle_of_a_load_ends_it(running: Callable[...
         engine.close()
 
 
-def test_workers_that_are_busy_are_waited_for(running: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_are_busy_are_waited_for(running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was killed left responses under way; the next one's patience with a meeting is shorter."""
     monkeypatch.setattr(group, "JOIN", 0.5)
-    url = running(slow_sample=2.0)
+    url = running(slow_sample=2.0).url
     one = Server(url, TOKEN, {}, attrs.evolve(SOON, sample=0.1, pace=1e6), carrier="broadcast")
     one.load(lambda: iter(WEIGHTS.items()), 0)
     with pytest.raises(EngineLost, match="in vain"):
@@ -283,10 +265,10 @@ def test_workers_that_are_busy_are_waited_for(running: Callable[..., str], monke
 
 
 def test_who_comes_after_one_that_was_lost_in_a_load_does_not_wait(
-    running: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Buffer.__init__, "__defaults__", (1024,))
-    url = running()
+    url = running().url
     one = Server(url, TOKEN, {}, SOON, carrier="broadcast")
 
     def breaks_off() -> Iterator[tuple[str, Tensor]]:
@@ -304,8 +286,8 @@ def test_who_comes_after_one_that_was_lost_in_a_load_does_not_wait(
         engine.close()
 
 
-def test_a_load_is_of_one_sort(running: Callable[..., str]) -> None:
-    engine = Server(running(), TOKEN, {}, SOON)
+def test_a_load_is_of_one_sort(running: Callable[..., Running]) -> None:
+    engine = Server(running().url, TOKEN, {}, SOON)
     for fetched, path, message in (
         (True, "/load/body", to_bytes({"x": torch.ones(1)})),
         (False, "/load/broadcast", group.Coming("", ())),
@@ -323,10 +305,10 @@ def test_a_load_is_of_one_sort(running: Callable[..., str]) -> None:
 
 
 def test_where_they_do_not_meet_weights_go_by_way_of_the_host(
-    running: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group, "JOIN", 0.5)
-    url = running(never_joins=True)
+    url = running(never_joins=True).url
     engine = Server(url, TOKEN, {}, SOON, carrier="broadcast")
     assert "didn't meet: no route to host" in engine.why_host and engine.carrier in ("shared-memory", "bodies")
     engine.load(lambda: iter(WEIGHTS.items()), 0)
@@ -338,20 +320,22 @@ def test_where_they_do_not_meet_weights_go_by_way_of_the_host(
     engine.close()
 
 
-def test_a_text_that_arrives_otherwise_is_no_way(running: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    url = running()
+def test_a_text_that_arrives_otherwise_is_no_way(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = running().url
     monkeypatch.setattr(group, "text_of", lambda buffer: "something else")
     with pytest.raises(RequestError, match="what was broadcast didn't arrive"):
         Server(url, TOKEN, {}, SOON, carrier="broadcast", only=True)
 
 
 def test_workers_that_hang_in_a_meeting_are_a_lost_engine(
-    running: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group, "JOIN", 0.5)
     monkeypatch.setattr(FakeSampler, "join", lambda self, at: time.sleep(5))
     with pytest.raises(EngineLost, match="its workers don't leave a meeting"):
-        Server(running(), TOKEN, {}, SOON, carrier="broadcast")
+        Server(running().url, TOKEN, {}, SOON, carrier="broadcast")
 
 
 def test_an_engine_that_dies_in_a_broadcast_is_missed_at_once(tmp_path: Path) -> None:
@@ -375,29 +359,20 @@ def test_a_way_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert made == [("Host",), ("SameGPU", "cuda:1"), ("Broadcast", "cuda:1")]
 
 
-def test_an_engine_without_one_of_its_workers_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = Service(Settings("m", {}))
-    server = HTTPServer("127.0.0.1", 0, TOKEN, service)
-    ended: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            serve(server, FakeSampler)
-        except Gone as error:
-            ended.append(error)
-
+def test_an_engine_without_one_of_its_workers_ends(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gone(self: Any, asks: Any) -> Any:
         raise Gone("a worker of the vLLM is gone: RuntimeError: cancelled")
 
     monkeypatch.setattr(FakeSampler, "score", gone)
-    thread = threading.Thread(target=work)
-    thread.start()
-    engine = Server(f"http://127.0.0.1:{server.server_port}", TOKEN, {}, SOON)
+    server = running()
+    engine = Server(server.url, TOKEN, {}, SOON)
     engine.load(lambda: iter(WEIGHTS.items()), 0)
     with pytest.raises(EngineLost, match="a worker of the vLLM is gone"):
         engine.score([(1, 2)])
-    thread.join(10.0)
-    assert ended and not thread.is_alive()
+    server.thread.join(10.0)
+    assert isinstance(server.error, Gone) and not server.thread.is_alive()
     engine.close()
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,15 +16,13 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from fake_sampler import FakeSampler
+from fake_server import TOKEN, Running
 from rlhf.errors import RunError
 from rlhf_plugins.engines.vllm import ipc, wire
 from rlhf_plugins.engines.vllm.packing import Buffer, Place, size_of, taken, written
 from rlhf_plugins.engines.vllm.remote import Deadlines, Server
 from rlhf_plugins.engines.vllm.sampler import Ask, Settings
-from rlhf_plugins.engines.vllm.serve import HTTPServer, serve
-from rlhf_plugins.engines.vllm.service import Service
 
-TOKEN = "a-token-of-the-tests"
 SOON = Deadlines(start=60.0, load=20.0, sample=20.0)
 WEIGHTS = {
     "odd": torch.arange(3, dtype=torch.bfloat16),
@@ -137,12 +134,8 @@ def test_a_buffer_that_says_something_else_is_not_seen(events: list[str]) -> Non
 
 
 @pytest.fixture
-def url() -> Iterator[str]:
-    service = Service(Settings("m", {}))
-    server = HTTPServer("127.0.0.1", 0, TOKEN, service)
-    threading.Thread(target=serve, args=(server, FakeSampler), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    service.stop()
+def url(running: Callable[..., Running]) -> str:
+    return running().url
 
 
 def test_weights_go_through_the_buffer_and_no_bucket_is_laid_before_the_last_is_taken(

@@ -3,14 +3,10 @@ and whoever dies is missed at once and leaves nothing behind."""
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,15 +17,15 @@ import pytest
 import torch
 
 from fake_sampler import DIES, RAISES, STALLS, FakeSampler
+from fake_server import TOKEN, Running
 from rlhf.errors import RequestError, RunError
 from rlhf_plugins.engines.vllm import buckets, wire
 from rlhf_plugins.engines.vllm.beside import Beside, environment_of
 from rlhf_plugins.engines.vllm.remote import Deadlines, Server
 from rlhf_plugins.engines.vllm.sampler import Ask, EngineLost, Settings
-from rlhf_plugins.engines.vllm.serve import HTTPServer, serve
+from rlhf_plugins.engines.vllm.serve import HTTPServer
 from rlhf_plugins.engines.vllm.service import Service
 
-TOKEN = "a-token-of-the-tests"
 FAKE = "fake_sampler:FakeSampler"
 SOON = Deadlines(start=60.0, load=2.0, sample=0.5, pace=1000.0)
 WEIGHTS = {"embed": torch.ones(3, 4), "layer": torch.full((2,), 0.5, dtype=torch.bfloat16)}
@@ -44,47 +40,6 @@ def right(asks: Sequence[Ask], weights: dict[str, torch.Tensor] = WEIGHTS) -> An
     own = FakeSampler(Settings("m", {}))
     own.load(lambda: iter(weights.items()), 0)
     return own.sample(asks)
-
-
-@attrs.frozen
-class Running:
-    """A server in a thread of this process."""
-
-    url: str
-    service: Service
-
-    def raw(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:
-        """Whatever is sent, and what comes back."""
-        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=10)
-        connection.putrequest(method, path)
-        given = {"Authorization": f"Bearer {TOKEN}", "Content_Length": str(len(body)), **headers}
-        for name, value in given.items():
-            if value:
-                connection.putheader(name.replace("_", "-"), value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-
-
-@pytest.fixture
-def running() -> Iterator[Callable[..., Running]]:
-    services: list[Service] = []
-
-    def make(**arguments: Any) -> Running:
-        service = Service(Settings("m", arguments))
-        server = HTTPServer("127.0.0.1", 0, TOKEN, service)
-
-        def work() -> None:
-            with contextlib.suppress(ValueError):  # one that was told to fail at its start
-                serve(server, FakeSampler)
-
-        threading.Thread(target=work, daemon=True).start()
-        services.append(service)
-        return Running(f"http://127.0.0.1:{server.server_port}", service)
-
-    yield make
-    for service in services:
-        service.stop()
 
 
 # One that runs already

@@ -143,16 +143,16 @@ class Broadcast:
             EngineLost: its workers are still at it.
         """
         self._device = device
-        library: group.Library = "nccl" if torch.device(device).type == "cuda" else "gloo"
+        backend: group.Backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
         seconds, content = server.deadlines.load, _text()
         try:
-            met = server.ask("/group", group.Join(library, seconds), group.Meeting, "its workers to be free")
+            met = server.ask("/group", group.Join(backend, seconds), group.Meeting, "its workers to be free")
         except EngineLost:
             raise
         except RunError as error:
             raise Refused(str(error)) from error
         self.meeting = met.name
-        at = group.Address(server.host, met.port, met.key, met.workers + 1, library, seconds)
+        at = group.Address(server.host, met.port, met.key, met.workers + 1, backend, seconds)
         self._group: group.Group | None = None
         why = ""
         try:

@@ -37,7 +37,7 @@ _LOOK = 2.0
 _POLL = 2e-4
 """Seconds between two looks at whether a broadcast is done: of a bucket it takes 10 ms or more."""
 
-Library = Literal["gloo", "nccl"]
+Backend = Literal["gloo", "nccl"]
 T = TypeVar("T")
 
 
@@ -45,7 +45,7 @@ T = TypeVar("T")
 class Join:
     """Workers are to meet the trainer."""
 
-    library: Library
+    backend: Backend
     seconds: float
     """That a broadcast may take."""
 
@@ -92,7 +92,7 @@ class Address:
     key: str
     size: int
     """Workers, and the trainer."""
-    library: Library
+    backend: Backend
     seconds: float
     """That a broadcast may take."""
 
@@ -147,7 +147,7 @@ class Group:
             wait = timedelta(seconds=JOIN)
             store = dist.TCPStore(at.host, at.port, is_master=False, wait_for_workers=False, timeout=wait)
             self._store = dist.PrefixStore(at.key, store)
-            self._store.set(f"here/{rank}", _word(at.library, device))
+            self._store.set(f"here/{rank}", _word(at.backend, device))
             names = [f"here/{other}" for other in range(at.size)]
             begun = time.monotonic()
             while not self._store.check(names):
@@ -156,7 +156,7 @@ class Group:
                     raise TimeoutError(f"the others didn't come within {JOIN:g} s")
                 time.sleep(0.02)
             _check([self._store.get(name).decode() for name in names])
-            try:  # a library's own waits for the others end when it likes
+            try:  # a backend's own waits for the others end when it likes
                 self.text = _within(JOIN, lambda: self._met(rank, device, text))
             except TimeoutError:
                 self._late = True
@@ -165,7 +165,7 @@ class Group:
     def _met(self, rank: int, device: torch.device, text: str) -> str:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
-        make = _nccl if self._at.library == "nccl" else _gloo
+        make = _nccl if self._at.backend == "nccl" else _gloo
         self._group = make(self._at, self._store, rank)
         if self._late:
             self.close()
@@ -227,7 +227,7 @@ class Group:
         group, self._group = self._group, None
         if group is None:
             return
-        if self._at.library == "nccl":
+        if self._at.backend == "nccl":
             try:
                 _within(_ABORT, group.abort)
             except RuntimeError:
@@ -270,9 +270,9 @@ def _gloo(at: Address, store: Any, rank: int) -> Any:
     return dist.ProcessGroupGloo(store, rank, at.size, options)
 
 
-def _word(library: Library, device: torch.device) -> str:
-    """What one says of itself: "LIBRARY VERSION, DEVICE". Those of a group must say the same, but for the device."""
-    if library == "gloo":
+def _word(backend: Backend, device: torch.device) -> str:
+    """What one says of itself: "BACKEND VERSION, DEVICE". Those of a group must say the same, but for the device."""
+    if backend == "gloo":
         return f"gloo, {secrets.token_hex(8)}"
     if device.type != "cuda" or not dist.is_nccl_available():
         return f"no NCCL, {secrets.token_hex(8)}"

@@ -2,7 +2,7 @@
 find them there (CUDA IPC). **Not run on a GPU yet.**
 
 The handle travels as plain values: torch would pickle them. One is opened once: torch counts who has opened a block,
-and gives the memory of one that was never opened, because its engine was lost, to nobody else.
+and gives the memory of one that an engine had not let go of when it was lost to nobody else.
 """
 
 from __future__ import annotations

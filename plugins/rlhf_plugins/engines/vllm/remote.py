@@ -233,11 +233,11 @@ class Server:
 
     def _adapters_carrier(self) -> Carrier:
         """They are small, and vLLM reads them from a file."""
-        if not isinstance(self._carrier, Host) and self._by_host is None:
+        if isinstance(self._carrier, Host):
+            return self._carrier
+        if self._by_host is None:
             self._by_host = Host(self)
-        found = self._by_host or self._carrier
-        assert found is not None
-        return found
+        return self._by_host
 
     def _send(self, weights: Iterator[tuple[str, Tensor]], version: int, adapter: Mapping[str, Any] | None) -> None:
         carrier = self._carrier if adapter is None else self._adapters_carrier()

@@ -254,7 +254,7 @@ class Service:
         workers = self._asked("finishing what it is at", lambda sampler: sampler.workers)
         store, joined = group.Store(host), Future[list[str]]()
         meeting = _Meeting(store, joined)
-        at = group.Address(store.host, store.port, store.key, workers + 1, asked.library, asked.seconds)
+        at = group.Address(store.host, store.port, store.key, workers + 1, asked.backend, asked.seconds)
 
         def join(sampler: ServedSampler) -> list[str]:
             if self._meeting is not meeting or store.over:

@@ -69,8 +69,8 @@ def carrier_of(plan: Plan, config: Any) -> Way | None:
         then = ", and from there to the other workers" if config.tensor_parallel_size > 1 else ""
         how = f"from the trainer's GPU memory to the engine's, which has the same GPU (CUDA IPC){then}"
     elif name == "broadcast":
-        library = "NCCL, from GPU to GPU" if gpu else "gloo, from memory to memory"
-        how = f"to {workers} by a broadcast ({library})"
+        means = "NCCL, from GPU to GPU" if gpu else "gloo, from memory to memory"
+        how = f"to {workers} by a broadcast ({means})"
     else:
         how, otherwise = "through shared memory where both see the same, else as bodies of requests; that is tried", ""
     return Way(name, f"{how}{otherwise}")
