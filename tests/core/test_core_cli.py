@@ -242,18 +242,22 @@ def test_nothing_heavy_is_imported(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("words", [("--help",), ("plugins",)], ids=" ".join)
-def test_it_answers_in_under_a_third_of_a_second(words: tuple[str, ...]) -> None:
-    """Seconds of CPU, to which other processes add nothing; the best of three, as the first may write bytecode."""
+def test_it_answers_in_under_a_third_of_a_second(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Seconds of CPU, beside those in which this machine imports what the program is built on, in turn: a processor that
+    is slower, or shared, is as much slower at both. With bytecode, as in an installed copy."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {**kept, "PYTHONPYCACHEPREFIX": str(tmp_path)}
 
-    def seconds() -> float:
+    def seconds(*start: str) -> float:
         before = os.times()
-        assert in_a_process(*words).returncode == 0
+        subprocess.run([sys.executable, *start], env=environment, capture_output=True, timeout=60, check=True)
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
-    # The contract is 0.3 s; a slower processor than the one it was written for is allowed twice that. Importing torch
-    # alone takes more than a second.
-    assert min(seconds() for _ in range(3)) < 0.6
+    yardstick = ("-c", "import click, attrs, cattrs, pluggy, yaml, psutil, importlib.metadata")
+    pairs = [(seconds("-m", "rlhf", *words), seconds(*yardstick)) for _ in range(6)][1:]  # the first writes bytecode
+    # The contract is 0.3 s where the yardstick takes 0.1 s; importing torch alone takes ten times that.
+    assert min(found for found, _ in pairs) < 3 * min(beside for _, beside in pairs)
 
 
 def test_the_module_is_the_same_program() -> None:

@@ -11,7 +11,6 @@ import cattrs
 import click
 
 from rlhf.cli import say
-from rlhf.cli.recipes import option_rows
 from rlhf.entries import KINDS, address
 from rlhf.errors import Problem, RequestError
 from rlhf.options import default_of, fields, info, type_name
@@ -92,6 +91,8 @@ def _option(field: attrs.Attribute[Any]) -> dict[str, Any]:
 
 
 def _page(offer: Offer) -> str:
+    from rlhf.cli.recipes import option_rows  # the composer comes with it, of which a listing has no need
+
     lines = [
         f"--{offer.kind} {offer.name}: {offer.summary}",
         f"  from {offer.distribution} {offer.version}, {offer.status}",
