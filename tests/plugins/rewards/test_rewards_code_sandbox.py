@@ -264,7 +264,7 @@ def test_a_child_that_holds_the_output_open_holds_up_nobody(judge: Judge) -> Non
 # Cheats
 
 ALWAYS_EQUAL = "class A:\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\n"
-TO_ALL = "import os\nfor fd in range(3, 30):\n    try: os.write(fd, {})\n    except OSError: pass\n"
+TO_ALL = "import os\nfor fd in range(3, 4096):\n    try: os.write(fd, {})\n    except OSError: pass\n"
 CHEATS = [
     "import sys\nsys.exit(0)",
     "import os\nos._exit(0)",
@@ -281,7 +281,7 @@ CHEATS = [
     "import os\nwrite = os.write\nos.write = lambda fd, data: write(fd, b'{\"value\": 2}')\nf = lambda x: 3",
     TO_ALL.format(b'{"value": 2}\n') + "f = lambda x: 2",
     TO_ALL.format(b'{"secret": "", "value": 2}\n') + "os._exit(0)",
-    "import os\nfor fd in range(3, 30):\n    try: os.close(fd)\n    except OSError: pass\nf = lambda x: 2",
+    "import os\nfor fd in range(3, 4096):\n    try: os.close(fd)\n    except OSError: pass\nf = lambda x: 2",
     "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nf = lambda x: 3",
     "import sys\nsys.settrace(lambda *a: None)\nsys.modules['builtins'] = None\nf = lambda x: 3",
     "import atexit, os\natexit.register(os._exit, 0)\nf = lambda x: 3",

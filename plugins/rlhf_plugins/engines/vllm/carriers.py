@@ -3,6 +3,7 @@ model is held for it."""
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import time
@@ -178,14 +179,14 @@ class Broadcast:
             server.ask("/load/broadcast", group.Coming(load, places), wire.Done, what)
             assert self._group is not None
             try:
-                self._group.broadcast(laid, look=lambda: server.check(load))
+                self._group.broadcast(laid, look=functools.partial(server.check, load, what))
             except OSError as error:
                 if not isinstance(error, TimeoutError):
-                    self._ask_why(server, load)
+                    self._ask_why(server, load, what)
                 server.lost(what, server.deadlines.load, error)
             yield len(places)
 
-    def _ask_why(self, server: Server, load: str) -> None:
+    def _ask_why(self, server: Server, load: str, what: str) -> None:
         """Who left says why; others who waited with it must have left, too.
 
         Raises:
@@ -193,7 +194,7 @@ class Broadcast:
         """
         end = time.monotonic() + _LEAVING
         while time.monotonic() < end:
-            server.check(load)
+            server.check(load, what)
             time.sleep(0.1)
 
     def close(self) -> None:

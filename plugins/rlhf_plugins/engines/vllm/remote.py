@@ -251,12 +251,15 @@ class Server:
             raise RunError(f"{self._name} holds version {done.version} after version {version} was sent")
         self.version = version
 
-    def check(self, load: str) -> None:
+    def check(self, load: str, what: str) -> None:
         """
+        Args:
+            what: is waited for meanwhile.
+
         Raises:
             EngineLost, RunError: a load doesn't go on.
         """
-        body, what = wire.write(wire.Begun(load)), "a word on the load"
+        body = wire.write(wire.Begun(load))
         try:
             reply = exchange(self._to, "POST", "/load/check", body, self._headers, seconds=_PULSE, limit=wire.MOST_JSON)
         except TimeoutError:  # it is busy; what it is busy with has a deadline of its own
