@@ -243,8 +243,8 @@ def test_nothing_heavy_is_imported(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("words", [("--help",), ("plugins",)], ids=" ".join)
 def test_it_answers_in_under_a_third_of_a_second(words: tuple[str, ...], tmp_path: Path) -> None:
-    """Seconds of CPU, beside those in which this machine imports what the program is built on, in turn: a processor that
-    is slower, or shared, is as much slower at both. With bytecode, as in an installed copy."""
+    """Seconds of CPU, beside those in which this machine imports what the program is built on, in turn: a processor
+    that is slower, or shared, is as much slower at both. With bytecode, as in an installed copy."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment = {**kept, "PYTHONPYCACHEPREFIX": str(tmp_path)}
 
