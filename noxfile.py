@@ -182,6 +182,13 @@ def learns(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """On a machine with a CUDA GPU: runs held to the CPU's, what is off the device, vLLM where it is installed."""
+    session.install("-e", ".[dev,vllm]" if "vllm" in session.posargs else ".[dev]")
+    session.run("pytest", "-m", "gpu", "tests/gpu", "tests/plugins", *(w for w in session.posargs if w != "vllm"))
+
+
+@nox.session
 def planning(session: nox.Session) -> None:
     """What `rlhf plan` says of a run's memory beside what the run held, on SmolLM2's shape: docs/planning.md."""
     session.install(*INSTALL)

@@ -26,6 +26,12 @@ pytest_plugins = ["rlhf.testing.plugin"]  # the kit's; of its entry point's very
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A machine's GPU is out of sight, but for `-m gpu`: what tests say of numbers and of memory is of a CPU's."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole tiny model (weights, tokenizer, chat template) in a folder of its own. Not to be written to."""

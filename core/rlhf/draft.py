@@ -131,7 +131,7 @@ def draft(ask: Ask, choice: Choice) -> Draft:
         run=run,
         machine=ask.machine,
         ptx_data=ptx_sources,
-        notes=tuple(_notes(recipe, choice, roles)),
+        notes=(*filter(None, [ask.machine.unused]), *_notes(recipe, choice, roles)),
     )
     problems = [*combination, *legality.problems_of(plan, ask.registry)]
     if not problems:

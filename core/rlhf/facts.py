@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -36,6 +38,8 @@ class Machine:
     world_size: int
     vendor: str = ""
     """Of the CPU, as Linux tells it: "GenuineIntel", "AuthenticAMD"."""
+    unused: str = ""
+    """GPUs that are here and aren't among `gpus`, and why."""
 
     @property
     def provides(self) -> frozenset[str]:
@@ -66,14 +70,18 @@ def machine(world_size: int = 1) -> Machine:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cpus = os.cpu_count() or 1
-    about = _cpu()
+    about, gpus, unused = _cpu(), _gpus(), ""
+    if gpus and (version := _without_cuda()):
+        unused = f"{gpus[0].name}: not used, since torch {version} is built without CUDA; install one that has it"
+        gpus = ()
     return Machine(
         cpus=cpus,
         cpu_flags=frozenset(_told(about, "flags|Features").split()),
         vendor=_told(about, "vendor_id"),
         memory_bytes=psutil.virtual_memory().total,
-        gpus=_gpus(),
+        gpus=gpus,
         world_size=world_size,
+        unused=unused,
     )
 
 
@@ -89,6 +97,18 @@ def _cpu() -> str:
 def _told(about: str, what: str) -> str:
     found = re.search(rf"^(?:{what})\s*:\s*(.*)$", about, re.MULTILINE)
     return found.group(1) if found else ""
+
+
+def _without_cuda() -> str:
+    """The version of an installed torch that is built without CUDA; empty where it has it, or none is installed."""
+    found = importlib.util.find_spec("torch")
+    for place in found.submodule_search_locations or () if found else ():
+        with contextlib.suppress(OSError):
+            said = (Path(place) / "version.py").read_text(encoding="utf-8")
+            if re.search(r"^cuda\b.*= None$", said, re.MULTILINE):
+                version = re.search(r"^__version__ = '(.*)'$", said, re.MULTILINE)
+                return version.group(1) if version else "here"
+    return ""
 
 
 def _gpus() -> tuple[Gpu, ...]:

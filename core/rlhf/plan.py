@@ -338,6 +338,7 @@ def plan_from_json(content: Mapping[str, Any], registry: Registry) -> Plan:
             gpus=gpus,
             world_size=machine["world_size"],
             vendor=machine.get("vendor", ""),
+            unused=machine.get("unused", ""),
         ),
         notes=tuple(content["notes"]),
     )

@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 
 from rlhf import facts
+from rlhf.compose import compose
 from rlhf.errors import Problem
 from rlhf.facts import Gpu, Machine, ModelFacts
+from rlhf.plan import plan_from_json
+from rlhf.planning.devices import planned_machine
+from rlhf.recipe import Recipe
+from rlhf.registry import loaded
 
 
 def folder(path: Path, **content: Any) -> Path:
@@ -189,9 +194,46 @@ class Nvml(types.ModuleType):
 def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch, visible: str | None, names: str) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(facts, "_without_cuda", lambda: "")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert facts.machine().gpus == tuple(Gpu(name, 80 << 30, (8, 0)) for name in names)
+    assert facts.machine().unused == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n", "2.13.0+cpu"),
+        ("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", ""),
+        ("__version__ = '1.0'\ncuda = None\n", "1.0"),
+        ("cuda = None\n", "here"),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_a_torch_without_cuda_has_no_gpu_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, typed: Callable[..., Recipe], said: str | None, version: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")  # it isn't imported for this
+    if said is not None:
+        (tmp_path / "torch" / "version.py").write_text(said)
+    here = facts.machine()
+    monkeypatch.undo()
+    assert (len(here.gpus), bool(here.unused)) == ((0, True) if version else (2, False))
+    plan = compose(typed("--algo", "ppo"), loaded(), here)
+    if version:
+        assert plan.notes[0] == f"A: not used, since torch {version} is built without CUDA; install one that has it"
+        assert plan_from_json(json.loads(json.dumps(plan.to_json())), loaded()).machine == here
+    else:
+        assert not any("CUDA" in note for note in plan.notes)
+    named = planned_machine(here, "h100", None, 1)
+    assert isinstance(named, Machine) and named.unused == ""
 
 
 @pytest.mark.parametrize(

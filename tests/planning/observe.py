@@ -5,6 +5,8 @@ What every run imports is imported once, before the processes part, so that a ta
 Counts are of real tensors: weights when the models stand, gradients just before an optimiser step, the optimiser's
 state just after it; of what is spread over ranks, the rank's own. The resident memory before the first model is the
 process's own. Of several ranks each writes what it saw, and the largest of each number counts.
+
+On a GPU it is the GPU's memory that counts: weights there, and the most that torch's allocator held.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def weights(models: Any) -> int:
             found += [state.absmax, state.code, *((state.offset, state.state2.absmax) if state.nested else ())]
         scales = [getattr(holder, "SCB", None) for holder in (*own, getattr(part, "state", None))]
         found += [scale for scale in scales if scale is not None]
-    return nbytes(found)
+    return nbytes(tensor for tensor in found if tensor.is_cuda == torch.cuda.is_available())
 
 
 def held(parameter: Any) -> torch.Tensor:
@@ -87,7 +89,9 @@ def observed(out: str, arguments: list[str]) -> None:
     build = assemble.build
 
     def built(plan: Any, policy: Any, backend: Any, optimizer: Any, context: Any) -> Any:
-        seen["process"] = psutil.Process().memory_info().rss
+        seen["process"] = (
+            torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        )
         models = build(plan, policy, backend, optimizer, context)
         seen["weights"] = weights(models)
         trained = [p for p in models.trained.parameters() if p.requires_grad]
@@ -117,7 +121,7 @@ def observed(out: str, arguments: list[str]) -> None:
     try:
         cli.main(arguments)
     finally:
-        seen["peak"] = loop.peak_rss()
+        seen["peak"] = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else loop.peak_rss()
         Path(out).write_text(json.dumps(seen))
 
 

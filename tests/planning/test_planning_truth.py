@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from truth import CASES, EXACT, SMOLLM2, Case, Scale, make_model, measure, table
+from truth import CASES, EXACT, SMOLLM2, Case, Scale, make_model, measure, possible, table
+
+from rlhf import facts
 
 SMALL = {**SMOLLM2, "num_hidden_layers": 2, "vocab_size": 2048}
 RUN = [
@@ -33,3 +35,15 @@ def test_there_are_a_dozen_cases_of_each_sort() -> None:
     strategies = {name for case in CASES for word in (case.mem, *case.more) for name in word.split(",")}
     assert {"bf16", "fp32", "lora", "4bit", "8bit", "checkpointing", "ema", "offload", "shared-base"} <= strategies
     assert {"adamw8bit", "ddp", "fsdp2", "zero2", "zero3"} <= strategies
+
+
+def test_cases_for_more_gpus_than_there_are_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert possible(CASES) == list(CASES)  # no GPU, no limit
+    gpu = facts.Gpu("fake", 80 << 30, (9, 0))
+    monkeypatch.setattr(facts, "machine", lambda: facts.Machine(16, frozenset(), 1, (gpu,), 1))
+    left = [case for case in CASES if case not in possible(CASES)]
+    assert left == [case for case in CASES if case.ranks == 2] != []
+    said = capsys.readouterr().err
+    assert all(f"left out, as there are 1 GPUs: {case.name}\n" in said for case in left)

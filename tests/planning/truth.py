@@ -6,6 +6,9 @@ Each case is a run of the real command in a process of its own, on a model of Sm
 made here, unless a folder is given). Weights, gradients and optimiser state must be equal to the byte. The peak is the
 process's highest resident memory less what it held before its first model. Sequences are of one length, which the plan
 is told. One run at a time; noise of other work changes times, not these numbers.
+
+On a machine with a GPU it is the GPU's memory: the model is of Llama-3.2-1B's shape, the peak is what torch's allocator
+held at most, and cases of more processes than there are GPUs are left out, and named.
 """
 
 from __future__ import annotations
@@ -38,6 +41,11 @@ EXACT = ("weights", "gradients", "optimizer")
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+}  # fmt: skip
+LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
 }  # fmt: skip
 _WORD = "1 "
 
@@ -188,7 +196,10 @@ def measure(cases: Sequence[Case], model: Path, folder: Path, scale: Scale) -> I
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("observe.py")), str(folder / "jobs.json")]
     # as the command sets them, before anything is imported
-    environment = {**os.environ, "GLIBC_TUNABLES": TUNABLES, "GOMP_SPINCOUNT": "1000"}
+    environment = {
+        **os.environ, "GLIBC_TUNABLES": TUNABLES, "GOMP_SPINCOUNT": "1000",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a look for GPUs must not open them before a fork
+    }  # fmt: skip
     errors = folder / "errors"
     with (
         errors.open("w") as log,
@@ -257,19 +268,31 @@ def table(found: Sequence[Truth]) -> Iterator[str]:
     )
 
 
+def possible(cases: Sequence[Case]) -> list[Case]:
+    """Those for which there are GPUs enough, if there are any; the others are named."""
+    gpus = len(facts.machine().gpus)
+    found = [case for case in cases if not gpus or case.ranks <= gpus]
+    for case in cases:
+        if case not in found:
+            print(f"left out, as there are {gpus} GPUs: {case.name}", file=sys.stderr)
+    return found
+
+
 def main() -> int:
     """All cases; exit code 1 where a count is not exact."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a folder; left out, one of SmolLM2-135M's shape is made")
+    parser.add_argument("--model", type=Path, help="a folder; left out, one of SmolLM2-135M's shape is made, on a GPU "
+                        "of Llama-3.2-1B's")  # fmt: skip
     parser.add_argument("--only", nargs="*", default=[], help="cases by name")
     parser.add_argument("--out", type=Path, help="write the table there too")
     asked = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = asked.model or make_model(folder / "model", SMOLLM2)
-        cases = [case for case in CASES if not asked.only or case.name in asked.only]
-        for truth in measure(cases, model, folder, Scale()):
+        gpu = bool(facts.machine().gpus)
+        model = asked.model or make_model(folder / "model", LLAMA_1B if gpu else SMOLLM2)
+        cases = possible([case for case in CASES if not asked.only or case.name in asked.only])
+        for truth in measure(cases, model, folder, Scale(words=256) if gpu else Scale()):
             found.append(truth)
             print(list(table(found))[len(found) + 1], file=sys.stderr, flush=True)
     lines = "\n".join(table(found)) + "\n"

@@ -187,16 +187,11 @@ def test_a_state_from_before_the_first_step_forgets_later_moments() -> None:
     assert steps(backend, container, FIRST) == once
 
 
-@pytest.fixture
-def accelerator() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    return "cuda"
-
-
-def test_the_step_counter_is_where_a_fused_kernel_reads_it(tmp_path: Path, accelerator: str) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that this torch can use")
+def test_the_step_counter_is_where_a_fused_kernel_reads_it(tmp_path: Path) -> None:
     backend, container = prepared(adamw())
-    container.to(accelerator)
+    container.to("cuda")
     for parameter in container.parameters():
         parameter.grad = torch.ones_like(parameter)
     backend.update(1.0)

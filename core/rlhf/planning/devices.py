@@ -76,11 +76,11 @@ def planned_machine(machine: Machine, device: str | None, memory: int | None, ra
         if isinstance(nominal, Problem):
             return nominal
         if nominal is None:
-            return attrs.evolve(machine, gpus=(), memory_bytes=memory or machine.memory_bytes)
+            return attrs.evolve(machine, gpus=(), memory_bytes=memory or machine.memory_bytes, unused="")
         gpu = Gpu(device.lower(), memory or nominal.memory_gib * GIB, nominal.capability)
     else:
         gpu = Gpu("a GPU", memory or 0, (8, 0))
-    return attrs.evolve(machine, gpus=(gpu,) * max(1, ranks))
+    return attrs.evolve(machine, gpus=(gpu,) * max(1, ranks), unused="")
 
 
 def nominal_peaks(machine: Machine) -> tuple[Peaks, str]:
