@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +209,16 @@ class Models:
         trained = [role for role in self.plan.roles if role.module in self.trained.bodies and role.role.trainable]
         alone = {r.name for r in trained if [other.module for other in trained].count(r.module) == 1}
         return all(role in alone for role in roles)
+
+    @functools.cached_property
+    def noisy(self) -> frozenset[str]:
+        """Roles whose scores differ where gradients are recorded."""
+        noisy = {
+            module
+            for module in self.trained.bodies
+            if any(strategy.noisy(self.body(module)) for strategy in self.strategies[module])
+        }
+        return frozenset(role.name for role in self.plan.roles if role.module in noisy)
 
     def body(self, module: str) -> nn.Module:
         return self.trained.bodies[module] if module in self.trained.bodies else self.frozen.bodies[module]

@@ -54,11 +54,11 @@ class Scorer:
 
         if self._gradient:
             self.asked.update(roles)
-            found = self.ahead.take(sequences, roles, entropy) if self.ahead else {}
+            found = self.ahead.take(sequences, roles, temperature, entropy) if self.ahead else {}
             rest = [role for role in roles if role not in found]
             found.update(zip(rest, forward(sequences, rest) if rest else [], strict=True))
             return tuple(found[role] for role in roles)
-        scores = self._plain(sequences, roles, forward)
+        scores = self._plain(sequences, roles, forward, temperature)
         if isinstance(of, Rollouts) and "policy" in roles and of.logp is not None and self._said.usable(of.temperature):
             self.off_policy.compare(of, scores[roles.index("policy")].logp)  # costs nothing: it was asked for anyway
         return scores
@@ -83,10 +83,14 @@ class Scorer:
         if self._gradient:
             self.asked.update((role, other))
             return forward(sequences)[0].divergence
-        return self._plain(sequences, (role, other), forward)[0].divergence
+        return self._plain(sequences, (role, other), forward, temperature)[0].divergence
 
     def _plain(
-        self, sequences: Sequences, roles: Sequence[str], forward: Callable[[Sequences], list[Scores]]
+        self,
+        sequences: Sequences,
+        roles: Sequence[str],
+        forward: Callable[[Sequences], list[Scores]],
+        temperature: float,
     ) -> tuple[Scores, ...]:
         """Scores without gradient, by forwards in which these roles have a part."""
         with self._models.visiting(roles):
@@ -98,10 +102,11 @@ class Scorer:
                 and self.ahead.wants(sequences)
                 and len(pieces) == 1
                 and self._models.apart(roles)
+                and self._models.noisy.isdisjoint(roles)
             ):
                 with torch.enable_grad():
                     scores = forward(sequences)
-                self.ahead.leave(sequences, scores)
+                self.ahead.leave(sequences, scores, temperature)
                 every = torch.arange(len(sequences))
                 return tuple(join_scores([(every, _detached(one))], sequences) for one in scores)
             # A rank without rows makes one forward too, of which it keeps nothing but what there would be; and where
@@ -154,27 +159,31 @@ class Ahead:
         """`only`: the one set of sequences whose scores are worth keeping; None: any."""
         self._only = only
         self._sequences: Sequences | None = None
-        self._scores: dict[str, Scores] = {}
+        self._scores: dict[str, tuple[Scores, float]] = {}
 
     def wants(self, sequences: Sequences) -> bool:
         """Whether a loss may ask for scores of these."""
         return self._only is None or self._only is sequences
 
-    def leave(self, sequences: Sequences, scores: Iterable[Scores]) -> None:
+    def leave(self, sequences: Sequences, scores: Iterable[Scores], temperature: float) -> None:
         """Keep these, and those left of the same sequences before."""
         if self._sequences is not sequences:
             self.clear()
         self._sequences = sequences
-        self._scores.update((one.role, one) for one in scores)
+        self._scores.update((one.role, (one, temperature)) for one in scores)
 
-    def take(self, sequences: Sequences, roles: Iterable[str], entropy: bool) -> dict[str, Scores]:
-        """What is there of these very sequences, by role; each once, since a backward frees its graph. Of others it is
-        freed: the first loss asks for all it will."""
+    def take(self, sequences: Sequences, roles: Iterable[str], temperature: float, entropy: bool) -> dict[str, Scores]:
+        """What is there of these very sequences, and log-probs at this temperature, by role; each once, since a
+        backward frees its graph. Of others it is freed: the first loss asks for all it will."""
         if self._sequences is not sequences:
             self.clear()
             return {}
         kept = {role: self._scores.pop(role) for role in roles if role in self._scores}
-        return {role: one for role, one in kept.items() if not entropy or one.logp_ is None or one.entropy_ is not None}
+        return {
+            role: one
+            for role, (one, its_own) in kept.items()
+            if one.logp_ is None or (its_own == temperature and (not entropy or one.entropy_ is not None))
+        }
 
     def clear(self) -> None:
         """Free what nobody asked for."""

@@ -162,21 +162,50 @@ def test_what_is_kept_is_for_the_very_same_question(separate: Parts) -> None:
     plain, gradient, ahead = first_pass(separate)
     with torch.no_grad():
         plain(sequences, "policy")
-        assert ahead.take(sequences.select(torch.arange(5)), ["policy"], entropy=False) == {}
-        assert ahead.take(sequences, ["policy"], entropy=False) == {}  # the first loss wanted others: it is freed
+        assert ahead.take(sequences.select(torch.arange(5)), ["policy"], 1.0, entropy=False) == {}
+        assert ahead.take(sequences, ["policy"], 1.0, entropy=False) == {}  # the first loss wanted others: it is freed
         plain(sequences, "policy")
-    assert ahead.take(sequences, ["policy"], entropy=True) == {}
+    assert ahead.take(sequences, ["policy"], 1.0, entropy=True) == {}
     assert gradient(sequences, "policy", entropy=True).entropy.requires_grad
     narrow = Scorer(separate.models, 10)
     narrow.ahead = ahead
     with torch.no_grad():
         narrow(sequences, "policy")  # in pieces
-        assert ahead.take(sequences, ["policy"], entropy=False) == {}
+        assert ahead.take(sequences, ["policy"], 1.0, entropy=False) == {}
         plain(sequences, "reference")  # isn't trained
-        assert ahead.take(sequences, ["reference"], entropy=False) == {}
+        assert ahead.take(sequences, ["reference"], 1.0, entropy=False) == {}
         plain(sequences, "policy")
     ahead.clear()
-    assert ahead.take(sequences, ["policy"], entropy=False) == {}
+    assert ahead.take(sequences, ["policy"], 1.0, entropy=False) == {}
+
+
+def test_log_probs_at_another_temperature_are_another_question(separate: Parts) -> None:
+    sequences = some()
+    plain, gradient, _ = first_pass(separate)
+    for asked, wanted in (
+        (sequences, rollouts_of(sequences, None, 0.5)),
+        (rollouts_of(sequences, None, 0.5), sequences),
+    ):
+        with torch.no_grad():
+            plain(asked, "policy")
+            expected = Scorer(separate.models, 10_000)(wanted, "policy").logp
+        assert torch.equal(gradient(wanted, "policy").logp.detach(), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_is_random_in_a_loss_is_in_no_score_before_it(dropout: float) -> None:
+    parts = parts_of(algo="ppo", mem=["fp32", {"name": "lora", "dropout": dropout}])
+    with torch.no_grad():
+        for weight in parts.models.trained.parameters():
+            if weight.requires_grad:
+                weight.fill_(0.1)  # adapters and a head that start at 0 would hide it
+    sequences = some()
+    plain, gradient, ahead = first_pass(parts)
+    with torch.no_grad():
+        before, alone = plain(sequences, "value").values, Scorer(parts.models, 10_000)(sequences, "value").values
+    assert torch.equal(before, alone)
+    assert bool(ahead.take(sequences, ["value"], 1.0, entropy=False)) == (dropout == 0)
+    assert torch.equal(gradient(sequences, "value").values.detach(), alone) == (dropout == 0)
 
 
 def test_roles_on_one_trunk_are_left_to_the_loss(shared: Parts) -> None:
@@ -185,7 +214,7 @@ def test_roles_on_one_trunk_are_left_to_the_loss(shared: Parts) -> None:
     plain, _, ahead = first_pass(shared)
     with torch.no_grad():
         plain(sequences, "value")
-    assert ahead.take(sequences, ["value"], entropy=False) == {}
+    assert ahead.take(sequences, ["value"], 1.0, entropy=False) == {}
 
 
 @pytest.mark.parametrize(("mem", "saved"), [("fp32", 1), ("bf16,lora", 2), ("bf16,lora,checkpointing", 2)])

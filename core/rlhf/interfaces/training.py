@@ -53,6 +53,11 @@ class MemoryStrategy(Component):
         It lasts for a forward; a backward comes after it, so it must not change what is trained."""
         return None
 
+    def noisy(self, module: nn.Module) -> bool:
+        """Whether its forward is random where gradients are recorded, as dropout of adapters is. A loss then makes a
+        forward of its own; else one that was made for the experience may be its first."""
+        return False
+
     def visit(self, module: nn.Module) -> contextlib.AbstractContextManager[Any] | None:
         """A context in which a frozen module's weights are on the device; None where they always are. It may be
         entered again inside itself."""

@@ -66,6 +66,9 @@ class Lora(MemoryStrategy):
             module.add_adapter(spec.role, config)
         cast_by_autocast(module, spec)
 
+    def noisy(self, module: nn.Module) -> bool:
+        return any(isinstance(part, LossDropout) and part.p > 0 for part in module.modules())
+
     def _config(self, module: nn.Module, spec: LoadSpec, task: TaskType) -> LoraConfig:
         return LoraConfig(
             task_type=task,
