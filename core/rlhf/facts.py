@@ -147,10 +147,17 @@ class ModelFacts:
     config: dict[str, Any] | None = None
     adapter_of: str | None = None
     """The base, where the model is a PEFT folder: `config` is the base's."""
+    task: str = ""
+    """What a PEFT folder's adapters were trained for, in PEFT's words: "CAUSAL_LM", "SEQ_CLS"."""
 
     @property
     def known(self) -> bool:
         return self.config is not None
+
+    @property
+    def classifier(self) -> bool:
+        """A sequence classifier's checkpoint, as a reward model's is; False where that isn't known."""
+        return self.task == "SEQ_CLS" if self.adapter_of else self.architecture.endswith("ForSequenceClassification")
 
     def get(self, *names: str) -> Any:
         """The first of these config keys that is there, looked up in a nested text config too."""
@@ -231,7 +238,7 @@ def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
     if isinstance(base, Problem):
         what = f"--model {path}: is an adapter of {named}, which can't be read: {base.what.partition(': ')[2]}"
         return Problem(what, f"set base_model_name_or_path in {folder / 'adapter_config.json'}")
-    return ModelFacts(path, base.config, base.path)
+    return ModelFacts(path, base.config, base.path, str(adapter.get("task_type") or ""))
 
 
 def _json_object(file: Path, path: str) -> dict[str, Any] | Problem:

@@ -287,7 +287,8 @@ class Loop:
         self._gradient.asked.clear()
         totals = totals_of(sequences, backend.world)
         minibatch = self._prepared(minibatch)
-        mixed = parts.mixture.batches(parts.score, backend, run.micro_batch_tokens) if parts.mixture is not None else []
+        mixture = parts.mixture if parts.algorithm.mixes else None
+        mixed = mixture.batches(parts.score, backend, run.micro_batch_tokens) if mixture is not None else []
         for batch, weight, last in micro_batches(minibatch, totals, run.micro_batch_tokens, keep, backend):
             loss = parts.algorithm.loss(batch, self._gradient)
             check_loss(loss, parts.plan.algo.name, self.step + 1)
@@ -300,9 +301,9 @@ class Loop:
                     logged[name] = logged.get(name, nothing) + part.double()
             del loss  # and its graph, before the next: some functions keep tensors in it that no backward frees
         parts.ledger.learnt(sequences, sorted(self._gradient.asked), at_once=first and count <= 1)
-        if parts.mixture is not None:
-            parts.ledger.learnt(parts.mixture.sequences, ["policy"], at_once=False)
-            for name, part in parts.mixture.learn(mixed, self._gradient, backend, self.step).items():
+        if mixture is not None:
+            parts.ledger.learnt(mixture.sequences, ["policy"], at_once=False)
+            for name, part in mixture.learn(mixed, self._gradient, backend, self.step).items():
                 logged[name] = logged.get(name, nothing) + part
         result = backend.update(factor)
         if not result.skipped:
@@ -351,8 +352,9 @@ class Loop:
         if not heldout or name not in heldout:
             return False
         value = heldout[name]
-        before = self.best[1] if self.best else self.heldout_before.get(name)
-        if before is not None and not (value > before if direction == "max" else value < before):
+        before = self.best[1] if self.best else self.heldout_before.get(name, math.nan)
+        better = math.isnan(before) or (value > before if direction == "max" else value < before)
+        if math.isnan(value) or not better:
             return False
         self.best = (self.step, value)
         return True
@@ -371,7 +373,7 @@ class Loop:
                 "wall_seconds": self._wall_seconds(),
             },
             **component_states(parts),
-            "digest": parts.digest(),
+            "digest": parts.digest,
             "data": parts.data.state() if parts.data else {},
             "mixture": parts.mixture.state() if parts.mixture is not None else {},
             "heldout_data": parts.heldout_data.state() if parts.heldout_data else {},

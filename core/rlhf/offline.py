@@ -126,6 +126,9 @@ class OfflineData:
         for row in self.rows:
             for example in row:
                 found.update(example.prompt.numpy().tobytes() + b"/" + example.response.numpy().tobytes() + b"/")
+                found.update(repr(sorted((name, float(x)) for name, x in example.fields.items())).encode())
+                if example.mask is not None:
+                    found.update(b"mask" + example.mask.numpy().tobytes() + b"/")
                 for name in sorted(example.token_fields):
                     found.update(name.encode() + example.token_fields[name].float().numpy().tobytes() + b"/")
         return found.hexdigest()

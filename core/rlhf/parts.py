@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -65,13 +67,16 @@ class Parts:
                 source.reward.close()
         self.backend.close()
 
+    @functools.cached_property
     def digest(self) -> str:
-        """Of the data as encoded: a run goes on only with what it began with, since rows are known by number."""
+        """Of the data: prompts as encoded and what rewards see of their rows, or examples. A run goes on only with what
+        it began with, since rows are known by number."""
         if self.data is not None:
             return self.data.digest()
         found = hashlib.sha256((self.mixture.digest() if self.mixture is not None else "").encode())
-        for _, tokens in self.prompts:
-            found.update(tokens.numpy().tobytes() + b"/")
+        for row, tokens in self.prompts:
+            extra = json.dumps(row.extra, sort_keys=True, default=str)
+            found.update(tokens.numpy().tobytes() + b"/" + extra.encode() + b"/")
         return found.hexdigest()
 
 
@@ -98,7 +103,7 @@ def check_data(parts: Parts, state: Mapping[str, Any]) -> None:
     Raises:
         RequestError: there are others.
     """
-    if state["digest"] != parts.digest():
+    if state["digest"] != parts.digest:
         fix = "give it the data it began with, or start another run"
         flags = "--data" if parts.mixture is None else "--data or --ptx-data"
         raise RequestError(Problem(f"{flags} holds other rows than the run began with", fix))

@@ -157,7 +157,7 @@ def _run(job: Job, place: Place, say: Say) -> int:
         directory.open(job.plan)
         held.callback(directory.close)
         world = parts.backend.world
-        digests = world.gather(parts.digest())  # and the directory is there, or rank 0 has said why not
+        digests = world.gather(parts.digest)  # and the directory is there, or rank 0 has said why not
         if digests[place.rank] != digests[0]:
             raise RunError("read other data than rank 0: the same path must hold the same rows on every machine")
         found = resume_from(directory, say) if job.resume else None

@@ -339,3 +339,5 @@ def test_better_is_higher_for_a_reward_and_lower_for_a_loss() -> None:
 
     assert best(("reward/mean", "max"), 0.5, 0.4, 0.6, 0.6, 0.7) == [False, True, False, True]
     assert best(("loss", "min"), 0.5, 0.6, 0.4, 0.4, 0.3) == [False, True, False, True]
+    nan = math.nan  # no number is better than any, and any is better than none
+    assert best(("loss", "min"), nan, nan, 0.4, nan, 0.5, 0.3) == [False, True, False, False, True]

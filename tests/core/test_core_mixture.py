@@ -87,6 +87,25 @@ def test_its_gradient_is_added(tmp_path: Path, sums: str) -> None:
     assert line["loss"] == pytest.approx(line["policy/loss"] + 2.0 * line["ptx/loss"], rel=1e-6)
 
 
+def test_while_a_critic_warms_up_the_policy_learns_nothing_beside(tmp_path: Path, sums: str) -> None:
+    algo = {"name": "ppo", "epochs": 1, "minibatches": 1, "critic_warmup": 2}
+    run = Run(tmp_path / "run", mixing(sums, 2.0, algo=algo, max_steps=3))
+    moved: list[float] = []
+    body = run.parts.models.body("policy")
+    weights = [parameter.detach().clone() for parameter in body.parameters()]
+    update = run.parts.backend.update
+
+    def noting(factor: float) -> Any:
+        done = update(factor)
+        moved.append(max(float((a - b).abs().max()) for a, b in zip(body.parameters(), weights, strict=True)))
+        return done
+
+    run.parts.backend.update = noting  # type: ignore[method-assign]
+    run.go()
+    assert moved[:2] == [0.0, 0.0] and moved[2] > 0
+    assert ["ptx/loss" in line for line in run.metrics()] == [False, False, True]
+
+
 def test_how_it_is_cut_changes_nothing(tmp_path: Path, sums: str) -> None:
     optim = {"name": "adamw", "eps": 1e-3}  # or rounding is a step of the whole learning rate where a gradient is 0
     fine, coarse = (
@@ -240,11 +259,22 @@ def test_rows_that_dont_fit_are_counted_and_none_at_all_is_refused(tmp_path: Pat
 
 def test_a_run_goes_on_with_the_rows_that_it_began_with(tmp_path: Path, sums: str) -> None:
     begun = Run(tmp_path / "run", mixing(sums, max_steps=1))
-    state = {"digest": begun.parts.digest()}
+    state = {"digest": begun.parts.digest}
     check_data(begun.parts, state)
     Path(sums).write_text(json.dumps(SUMS[0]) + "\n")
     other = Run(tmp_path / "other", mixing(sums))
     assert "--data or --ptx-data holds other rows" in refused(lambda: check_data(other.parts, state))
+
+
+def test_what_rewards_see_of_a_row_is_data_too(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "Question: What is 1 + 1?\nAnswer:", "answer": "2", "why": None}]
+    found = []
+    for change in ({}, {"answer": "3"}, {"why": ["sums"]}, {}):
+        path.write_text(json.dumps({**rows[0], **change}) + "\n")
+        plan = plan_of(algo={"name": "grpo", "group_size": 4}, batch_size=1, data=str(path), reward="answer")
+        found.append(Run(tmp_path / str(len(found)), plan).parts.digest)
+    assert found[0] == found[3] and len(set(found)) == 3
 
 
 def test_a_plan_and_its_recipe_say_all_of_it(sums: str) -> None:

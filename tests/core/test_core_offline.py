@@ -84,6 +84,16 @@ def test_other_numbers_a_token_are_other_data() -> None:
     assert digest(1.0) == digest(1.0) != digest(0.0)
 
 
+def test_other_numbers_or_masks_of_the_same_texts_are_other_data() -> None:
+    def digest(**more: Any) -> str:
+        return OfflineData(Rows([("f:0", [Example(ids(1), ids(2, 3), **more)])], Refusals(), ("f",)), Plain()).digest()
+
+    some = [{}, {"fields": {"label": 1.0}}, {"fields": {"label": 0.0}}, {"fields": {"margin": 1.0}},
+            {"mask": ids(0, 1).bool()}, {"mask": ids(1, 0).bool()}]  # fmt: skip
+    assert len({digest(**more) for more in some}) == len(some)
+    assert digest(fields={"a": 1.0, "b": 2.0}) == digest(fields={"b": 2.0, "a": 1.0})
+
+
 def test_a_row_is_a_group_and_its_shared_prompt_is_held_once() -> None:
     experience = data_of(Plain()).experience([2, 0], NO_SCORE)
     sequences = experience.sequences

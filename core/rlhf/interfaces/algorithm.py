@@ -89,6 +89,11 @@ class Algorithm(Component):
         the data, take the place of groups that `keep` left out; what then still lacks, lacks, and is counted."""
         return int(getattr(self.config, "sampling_rounds", 1))
 
+    @property
+    def mixes(self) -> bool:
+        """Online: whether rows of `--ptx-data` are learnt in this step's optimiser steps, which changes the policy."""
+        return True
+
     def keep(self, rollouts: Rollouts) -> Tensor | None:
         """Online: which of a round's judged rollouts are learnt from, bool [B]; None: all, on every rank
         alike. A group is kept where any of its members is. Ranks as in `experience`. The core counts what is left

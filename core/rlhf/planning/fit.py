@@ -60,18 +60,22 @@ class Fit:
 
 
 def nearest_fit(ask: Ask, plan: Plan, lengths: Lengths) -> Fit | None:
-    """The nearest change after which the plan fits its device; None where up to three don't help."""
+    """The nearest change after which the plan fits its device: of those that change least of what is learnt the fewest,
+    then the one that leaves the least memory idle; None where up to three don't help."""
     changes = list(_changes(ask, plan))
+    nearest: Fit | None = None
     for count in range(1, _MOST + 1):
         found = []
         for chosen in itertools.combinations(changes, count):
-            if len({change.sort for change in chosen}) == count:
-                fit = _gentlest(ask, chosen, lengths)
-                if fit is not None:
-                    found.append(fit)
-        if found:  # of those that change least, the one that leaves the least memory idle
-            return min(found, key=lambda fit: (fit.weight, -fit.prediction.memory.needed))
-    return None
+            weight = sum(change.weight for change in chosen)
+            if len({change.sort for change in chosen}) < count or (nearest is not None and weight >= nearest.weight):
+                continue
+            fit = _gentlest(ask, chosen, lengths)
+            if fit is not None:
+                found.append(fit)
+        if found:
+            nearest = min(found, key=lambda fit: (fit.weight, -fit.prediction.memory.needed))
+    return nearest
 
 
 def attempt(ask: Ask) -> Plan | None:

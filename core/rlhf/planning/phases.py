@@ -191,7 +191,7 @@ class _Planner:
             notes.append(f"{plan.engine}: tells no footprint; its own memory is missing here")
             return {}
         share = -(-plan.run.batch_size // ranks_of(plan)) * self._passes.responses
-        rows = max(share, plan.run.eval_rows)
+        rows = max(share, -(-plan.run.eval_rows // ranks_of(plan)))
         batch = ForwardBatch(rows=rows, prompt=self.lengths.prompt, response=self.lengths.response,
                       group=self._passes.responses, gradient=False, scored=False)  # fmt: skip
         return asked(plan.engine, plan.engine.entry.footprint, owner, batch, plan, plan.engine)

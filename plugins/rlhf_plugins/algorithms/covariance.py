@@ -4,8 +4,8 @@
     clip: of the tokens with low < cov < high so many as `share` of all, drawn at random, have no gradient
     kl:   so many with the highest cov have coef |log pi - log pi_old| added to their loss; no ratio is clipped
 
-At least one token is held where any may be, as in the authors' code. What is drawn goes by the seed, the step and where
-a token stands, so it is the same however the step is cut over ranks and micro-batches.
+At least one token is held where any may be, as in the authors' code. What is drawn goes by the seed, the optimiser step
+and where a token stands, so it is the same however the step is cut over ranks and micro-batches.
 
 Otherwise than in their code: all of an optimiser step is looked at, not a micro-batch; and a token may be drawn that
 the ratio's clip takes the gradient from.
@@ -25,8 +25,13 @@ from rlhf_plugins.functional.advantages import Moments, moments
 from rlhf_plugins.functional.covariance import pulled_back, token_covariance, without_held
 
 
-def prepared(minibatch: Experience, score: Score, config: GRPOConfig, context: Context, step: int) -> Experience:
-    """With a field `held`, [N], 1 on the tokens that are held back; as it was where nothing is asked for."""
+def prepared(
+    minibatch: Experience, score: Score, config: GRPOConfig, context: Context, update: tuple[int, int]
+) -> Experience:
+    """With a field `held`, [N], 1 on the tokens that are held back; as it was where nothing is asked for.
+
+    update: the step and which of its optimiser steps, so that another pass over the same tokens draws others.
+    """
     if config.covariance == "none":
         return minibatch
     logp, advantages = score(minibatch, "policy").logp.cpu(), minibatch.per_token("advantages")  # [N]
@@ -37,7 +42,7 @@ def prepared(minibatch: Experience, score: Score, config: GRPOConfig, context: C
     count = max(1, int(config.covariance_share * float(of_logp.count)))
     if config.covariance == "clip":
         inside = (cov > config.covariance_low) & (cov < config.covariance_high)
-        held = _drawn(inside, minibatch.sequences, count, [context.seed, step], world)
+        held = _drawn(inside, minibatch.sequences, count, [context.seed, *update], world)
     else:
         held = _highest(cov, minibatch.sequences, count, world)
     return Experience(minibatch, {"held": held.to(advantages.dtype)})

@@ -31,8 +31,13 @@ from rlhf_plugins.algorithms.without_critic_options import GRPOConfig
 class GRPO(Grouped):
     config: GRPOConfig
 
+    _update = (-1, 0)
+    """The last optimiser step: the step, and which of that."""
+
     def prepare(self, minibatch: Experience, score: Score) -> Experience:
-        return covariance.prepared(minibatch, score, self.config, self.context, self.step)
+        step, nth = self._update
+        self._update = (self.step, nth + 1 if step == self.step else 0)
+        return covariance.prepared(minibatch, score, self.config, self.context, self._update)
 
     def loss(self, batch: Batch, score: Score) -> Tensor:
         policy = score(batch, "policy", entropy=self.config.entropy_coef > 0)

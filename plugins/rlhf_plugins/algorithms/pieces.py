@@ -84,7 +84,20 @@ def groups(prompts: Sequence[Prompt], size: int) -> list[Sample]:
 def with_spread(rollouts: Rollouts, config: GroupConfig) -> Tensor | None:
     """Which rollouts are kept where `drop_flat` is asked for: bool [B], those of groups whose rewards aren't all equal.
     Judged by the rewards themselves, before a penalty or a KL."""
-    return ~group_stats(rollouts.rewards, rollouts.sequences.group).flat if config.drop_flat else None
+    return ~flat(rollouts.rewards, rollouts, config) if config.drop_flat else None
+
+
+def flat(rewards: Tensor, rollouts: Rollouts, config: GroupConfig) -> Tensor:
+    """Which groups have nothing to compare, bool [B]: their rewards are all equal, or, where each of several rewards is
+    compared, every one that counts is. rewards: their sum, [B]."""
+    group = rollouts.sequences.group
+    if config.several == "sum":
+        return group_stats(rewards, group).flat
+    found = torch.ones_like(group, dtype=torch.bool)
+    for name, part in rollouts.reward_parts.items():
+        if rollouts.reward_weights[name] != 0:
+            found &= group_stats(part, group).flat
+    return found
 
 
 def over_ranks(x: Tensor, context: Context, mask: Tensor | None = None) -> Moments:
@@ -129,9 +142,8 @@ def less_kl(rewards: Tensor, fields: dict[str, Tensor], rollouts: Rollouts, conf
 def compare(rewards: Tensor, rollouts: Rollouts, config: GroupConfig, context: Context) -> Tensor:
     """Advantages within groups, [B], as `scale` and `several` say; reports the share of groups without spread."""
     group = rollouts.sequences.group
-    stats = group_stats(rewards, group)
-    context.metrics.mean("group/flat", stats.flat.double())
-    context.metrics.mean("group/std", stats.std)
+    context.metrics.mean("group/flat", flat(rewards, rollouts, config).double())
+    context.metrics.mean("group/std", group_stats(rewards, group).std)
     if config.several == "each":
         summed = each_normalised(rollouts.reward_parts, rollouts.reward_weights, group)
         return whiten_with(summed, over_ranks(summed, context))

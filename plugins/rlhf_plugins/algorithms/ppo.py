@@ -61,11 +61,12 @@ class PPO(Algorithm):
         estimate = adv.gae(rewards, values, rollouts.lengths, config.gamma, config.lam, mask)
         advantages = self._whiten(estimate.advantages, mask) if config.whiten_advantages else estimate.advantages
 
-        kl = k1(logp_old, logp_ref)
         self._responses = int(self.context.world.sum(torch.tensor(len(rollouts))))
-        metrics.mean("kl/k1", kl, mask)
-        metrics.mean("kl/k3", k3(logp_old, logp_ref), mask)
-        metrics.mean("kl/sequence", segment_sum(torch.where(mask, kl, 0.0), rollouts.lengths))
+        if config.kl_coef > 0:  # else there is no reference, and how far it is isn't known
+            kl = k1(logp_old, logp_ref)
+            metrics.mean("kl/k1", kl, mask)
+            metrics.mean("kl/k3", k3(logp_old, logp_ref), mask)
+            metrics.mean("kl/sequence", segment_sum(torch.where(mask, kl, 0.0), rollouts.lengths))
         metrics.mean("kl/coef", self.kl_coef)
         metrics.mean("policy/entropy", -logp_old, mask)  # of the samples: unbiased where sampling isn't truncated
         metrics.mean("value/mean", values, mask)
@@ -106,6 +107,10 @@ class PPO(Algorithm):
         if config.entropy_coef > 0:
             loss = loss - config.entropy_coef * token_mean(policy.entropy, batch)
         return loss
+
+    @property
+    def mixes(self) -> bool:
+        return self.step >= self.config.critic_warmup
 
     def minibatch_done(self, metrics: Mapping[str, float]) -> bool:
         target = self.config.target_kl

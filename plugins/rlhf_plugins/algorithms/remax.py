@@ -1,6 +1,6 @@
 """ReMax (Li et al. 2023, arXiv:2310.10505, algorithm 2).
 
-    A = r(sampled response) - r(greedy response to the same prompt)        of r less beta sum_t KL_t
+    A = r(sampled response) - beta sum_t KL_t - r(greedy response to the same prompt)
     L = mean over responses of sum_t -A rho_t,    rho_t = pi(y_t) / pi_old(y_t), which is 1 at the first pass
 
 The greedy response is one more sampling request and is not learnt from. Its baseline costs a decode and no memory, and

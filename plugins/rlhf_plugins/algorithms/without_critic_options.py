@@ -31,6 +31,8 @@ class RegularisedConfig:
             )
         if self.kl_correction and self.kl_in != "loss":
             raise ValueError("kl_correction is of a KL in the loss: give kl_in loss, or leave it out")
+        if self.kl_correction and self.kl_estimator == "k2":
+            raise ValueError("kl_correction takes kl_estimator k1 or k3: times the ratio, k2's mean is no KL")
 
 
 @attrs.frozen(kw_only=True)
@@ -74,6 +76,8 @@ class GroupConfig(RegularisedConfig):
         shaped = "kl_in reward" if self.kl_coef and self.kl_in == "reward" else shaped
         if self.several == "each" and shaped:
             raise ValueError(f"several each compares rewards as they are given, and {shaped} changes their sum")
+        if self.several == "each" and self.scale != "group":
+            raise ValueError(f"several each divides by each group's deviation: give scale group, not {self.scale}")
 
 
 _COVARIANCE = "verl, as the authors set it"

@@ -237,8 +237,8 @@ def divergence_score(x: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
     power = 1.0 if divergence == "forward_kl" else alpha
     if not 0.0 < power <= 1.0:
         raise ValueError(f"expected alpha in (0, 1], given {alpha}")
-    # e^80 is the most that float32 holds with room for a factor; a completion so unlikely has no gradient then.
-    return -torch.expm1((-power * x).clamp(max=80.0)) / power
+    # e^36 is 4e15, whose square float32 holds with room for factors; a completion so unlikely has no gradient then.
+    return -torch.expm1((-power * x).clamp(max=36.0)) / power
 
 
 def bradley_terry(r_chosen: Tensor, r_rejected: Tensor, margin: Tensor | None, centre_coef: float) -> Tensor:

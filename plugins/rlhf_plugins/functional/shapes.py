@@ -66,7 +66,8 @@ def sapo_loss(
     if not (tau_pos > 0.0 and tau_neg > 0.0):
         raise ValueError(f"expected temperatures > 0, given {tau_pos} and {tau_neg}")
     advantages = torch.where(own, advantages, 0.0)
-    ratio = torch.exp(torch.where(own, logp - logp_old, 0.0))
+    # e^20 is where the gate has long faded, and in float32 its slope is 0; e^89 would be inf, and the gradient NaN.
+    ratio = torch.exp(torch.where(own, logp - logp_old, 0.0).clamp(max=20.0))
     tau = torch.full_like(advantages, tau_neg).masked_fill(advantages > 0, tau_pos)  # [N]
     losses = -(4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0)) * advantages
     return PolicyLoss(losses=losses, clipped=torch.zeros_like(own), ratio=ratio.detach())

@@ -13,6 +13,7 @@ from rlhf.api import (
     Plan,
     PlannedComponent,
     PolicyEntry,
+    Problem,
     hookimpl,
     option,
     transformer,
@@ -73,6 +74,24 @@ class HFPolicyConfig:
     )
 
 
+def _language_models(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
+    """What is to speak was trained to."""
+    seen = set[str]()
+    for role in plan.roles:
+        if role.role.head == "lm" and role.model.classifier and role.model.path not in seen:
+            seen.add(role.model.path)
+            what = f"--model {role.model.path}: is a classifier, as reward models are, and the {role.name} is to speak"
+            yield Problem(what, "give it a language model; a reward model is given as --model reward=PATH")
+
+
+def _prompts_within_context(plan: Plan, component: PlannedComponent) -> Iterable[Problem]:
+    """The longest prompt allowed leaves room to answer."""
+    flag, most = f"--policy.max-prompt-tokens {component.config.max_prompt_tokens}", component.config.max_prompt_tokens
+    contexts = [role.model.context for role in plan.roles if role.role.head == "lm" and role.model.context is not None]
+    if most is not None and contexts and most >= min(contexts):
+        yield Problem(f"{flag}: the model's context is {min(contexts)} tokens", f"{min(contexts) - 1} at most")
+
+
 def _footprint(module: ModuleMemory, batch: ForwardBatch, plan: Plan, component: PlannedComponent) -> Activations:
     config = component.config
     host = "cuda" not in plan.machine.provides
@@ -95,6 +114,7 @@ def rlhf_policies() -> Iterable[PolicyEntry]:
         config=HFPolicyConfig,
         impl="rlhf_plugins.policies.hf:HFPolicy",
         footprint=_footprint,
+        constraints=(_language_models, _prompts_within_context),
         eases=("chunk_tokens",),
         rank=10,
     )

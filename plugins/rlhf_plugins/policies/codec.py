@@ -101,7 +101,7 @@ class HFCodec:
 
         Raises:
             RowError: the template renders earlier turns differently once later ones follow, and doesn't mark the
-                assistant's; or the chat is longer than the limit.
+                assistant's; or leaves nothing of what it says; or the chat is longer than the limit.
             RequestError: there is no chat template.
         """
         self._need_chat_template()
@@ -118,6 +118,8 @@ class HFCodec:
                 mask += [True] * said + [False] * (len(part) - said)
         if self._limit is not None and len(tokens) > self._limit:
             raise RowError(f"the chat is longer than {self._limit} tokens")
+        if not any(mask):
+            raise RowError("the chat template leaves nothing of the assistant's turns to be learnt")
         return torch.tensor(tokens, dtype=torch.long), torch.tensor(mask, dtype=torch.bool)
 
     def decode(self, tokens: Tensor) -> str:

@@ -27,7 +27,7 @@ def export(spec: LoadSpec, folder: Path, dtype: torch.dtype | None) -> Mapping[s
     quantised = "quantization_config" in spec.arguments
     if not quantised:
         spec = attrs.evolve(spec, weights=torch.float32, compute=None)
-    model: Any = load_model(spec, None, 1, unpack=unpacked)
+    model: Any = load_model(spec, None, 1, unpack=unpacked if quantised else None)
     if quantised and adapter is None:
         model = unpacked(model)
     if dtype is None:

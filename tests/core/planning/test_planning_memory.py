@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -36,6 +37,7 @@ from rlhf.entries import POLICY, FormatEntry
 from rlhf.errors import Problem
 from rlhf.facts import Gpu, Machine
 from rlhf.plan import Plan
+from rlhf.planning import fit as fitting
 from rlhf.planning.devices import device_named, memory_size, nominal_peaks, planned_machine
 from rlhf.planning.duration import duration
 from rlhf.planning.fit import nearest_fit
@@ -459,6 +461,44 @@ def test_two_changes_where_one_is_not_enough(asked: Callable[..., tuple[Ask, Pla
     assert "--mem fake-again" in fit.words
     assert "--micro-batch-tokens" in fit.words
     assert nearest_fit(*asked(1 << 20, of=of), LONG) is None  # nothing makes a process that small
+
+
+@pytest.mark.parametrize(
+    ("fits", "nearest"),
+    [
+        ({"ab": 3, "d": 1}, "ab"),  # changes nothing of what is learnt
+        ({"d": 1, "cd": 3, "abc": 2}, "abc"),  # changes less
+        ({"a": 1, "ab": 2, "b": 2}, "b"),  # the fewest, and of those the one that leaves least memory idle
+        ({"d": 1}, "d"),
+        ({}, None),
+    ],
+)
+def test_what_changes_least_of_what_is_learnt_is_nearest(
+    fits: dict[str, float], nearest: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"a": 0, "b": 0, "c": 2, "d": 3}
+    changes = [fitting.Change(name, weight, (fitting.Step(name, Recipe()),)) for name, weight in weights.items()]
+
+    def gentlest(ask: Any, chosen: Sequence[Any], lengths: Any) -> Any:
+        name = "".join(change.sort for change in chosen)
+        memory = SimpleNamespace(memory=SimpleNamespace(needed=fits.get(name)))
+        weight = sum(change.weight for change in chosen)
+        return fitting.Fit(name, weight, Recipe(), cast(Any, memory)) if name in fits else None
+
+    monkeypatch.setattr(fitting, "_changes", lambda ask, plan: changes)
+    monkeypatch.setattr(fitting, "_gentlest", gentlest)
+    found = nearest_fit(cast(Any, None), cast(Any, None), LONG)
+    assert (found and found.words) == nearest
+
+
+def test_rows_held_out_are_dealt_over_ranks(
+    typed: Callable[..., Recipe], installed: Registry, machine: Machine
+) -> None:
+    def keys_and_values(rows: str, ranks: str) -> float:
+        words = ("--algo", "ppo", "--backend", "ddp", "--nproc", ranks, "--batch-size", "4", "--eval-rows", rows)
+        return phase(predict(compose(typed(*words), installed, machine), LONG), "rollout").device["KV cache"]
+
+    assert keys_and_values("64", "4") == keys_and_values("16", "1") < keys_and_values("64", "1")
 
 
 def test_processes_on_cpus_share_the_machine(machine: Machine) -> None:

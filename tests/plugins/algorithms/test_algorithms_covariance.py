@@ -71,6 +71,26 @@ def test_those_within_the_bounds_are_drawn_from(context: Context, rollouts: Make
     assert not held(none, context, made, LOGP, ADVANTAGES).any()
 
 
+def test_another_pass_draws_others_and_every_run_the_same(context: Context, rollouts: Make) -> None:
+    made = rollouts([40], [0.0], group=[0])
+    logp = torch.linspace(-2, 0, 40, dtype=torch.float64)
+    fields = {"logp_old": logp, "advantages": torch.linspace(0, 1, 40, dtype=torch.float64)}
+    minibatch = Experience(made, fields)
+    config = GRPOConfig(covariance="clip", covariance_share=0.1, covariance_low=0.0, covariance_high=9.0)
+    score = cast(Any, lambda of, role: type("Scores", (), {"logp": logp}))
+
+    def drawn() -> list[tuple[int, ...]]:
+        algorithm, found = GRPO(config, context), []
+        for algorithm.step in (3, 3, 3, 4, 4):
+            held = algorithm.prepare(minibatch, score)["held"]
+            found.append(tuple(held.nonzero().flatten().tolist()))
+        return found
+
+    first = drawn()
+    assert len(set(first)) == 5 and all(len(tokens) == 4 for tokens in first)
+    assert drawn() == first
+
+
 @pytest.mark.parametrize("how", ["kl", "clip"])
 def test_tools_tokens_are_never_held(context: Context, rollouts: Make, how: str) -> None:
     masks = [torch.tensor([False, True, True]), None, None, torch.tensor([True, False, True, True])]

@@ -209,6 +209,23 @@ def test_flat_groups_are_left_out_where_asked(context: Context, rollouts: Make, 
     assert context.metrics.drain(World())["group/flat"] == 0.5
 
 
+def test_where_each_reward_is_compared_a_group_is_flat_if_each_is(context: Context, rollouts: Make, hand: Make) -> None:
+    """In the first group the sums are equal and the rewards are not; in the second what differs has no weight."""
+    made = attrs.evolve(
+        rollouts([1] * 6, [2.0, 2.0, 2.0, 1.0, 1.0, 1.0], group=[0, 0, 0, 1, 1, 1]),
+        reward_parts={"a": double([1, 0, 0, 1, 1, 1]), "b": double([0, 2, 2, 0, 0, 0]), "c": double(range(6))},
+        reward_weights={"a": 2.0, "b": 1.0, "c": 0.0},
+    )
+    each, whole = (GRPO(GRPOConfig(drop_flat=True, several=how), context) for how in ("each", "sum"))
+    kept, none = each.keep(made), whole.keep(made)
+    assert kept is not None and kept.tolist() == [True] * 3 + [False] * 3
+    assert none is not None and not none.any()
+    found = each.experience(made, hand(policy={"logp": double([-1.0] * 6)}))["advantages"]
+    assert found[:3].abs().min() > 0.5
+    close(found[3:], [0.0] * 3)
+    assert context.metrics.drain(World())["group/flat"] == 0.5
+
+
 def test_a_long_response_is_punished_softly(context: Context, rollouts: Make, hand: Make) -> None:
     """Limit 10, buffer 4: rewards of lengths 6, 8, 10 are 1, 1 - .5 x 2, and 1 - 1 x 2; their mean is 0."""
     config = GRPOConfig(scale="none", max_length=10, overlong_buffer=4, overlong_penalty=2.0)
@@ -236,9 +253,12 @@ def test_whether_a_group_is_flat_is_judged_without_the_punishment(context: Conte
         {"clip_high": 0},
         {"kl_coef": 0.1, "kl_estimator": "k1"},
         {"kl_correction": True, "kl_in": "reward"},
+        {"kl_coef": 0.1, "kl_estimator": "k2", "kl_correction": True},
         {"mean": "sum"},
         {"sampling_rounds": 2},
         {"several": "each", "overlong_buffer": 3},
+        {"several": "each", "scale": "none"},
+        {"several": "each", "scale": "batch"},
         {"kl_coef": 0.1, "several": "each", "kl_in": "reward"},
     ],
     ids=str,

@@ -169,6 +169,7 @@ def test_divergences_at_the_reference_and_far_from_it(divergence: str, slope: fl
     assert score.item() == pytest.approx(0.0, abs=EXACT) and by_x.item() == pytest.approx(slope, abs=EXACT)
     far = divergence_score(torch.tensor([-1000.0, 1000.0]), divergence)
     assert far.isfinite().all() and far[0] < far[1]
+    assert (far.square() * 4).isfinite().all()  # what ipo makes of a difference of two
 
 
 def test_divergences_that_are_not_there() -> None:

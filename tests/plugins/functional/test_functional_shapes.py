@@ -63,6 +63,13 @@ def test_sapo_by_hand() -> None:
     assert grad.tolist() == pytest.approx([-4 * s * (1 - s) * 1.5, 4 * t * (1 - t) * 0.5], abs=EXACT)
 
 
+def test_sapo_fades_to_nothing_however_far() -> None:
+    logp = torch.tensor([5.0, 30.0, 89.0, 1000.0], requires_grad=True)  # of these e^89 is the first that is no float32
+    found = sapo_loss(logp, torch.zeros(4), torch.ones(4), 1.0, 1.05)
+    (grad,) = torch.autograd.grad(found.losses.sum(), logp)
+    assert found.losses.tolist() == [-4.0] * 4 and grad.abs().max() < 1e-3 and grad[1:].tolist() == [0.0] * 3
+
+
 def test_sapo_is_the_policy_gradient_at_ratio_one() -> None:
     logp = f64(-1, -2).requires_grad_()
     found = sapo_loss(logp, f64(-1, -2), f64(3, -2), 1.0, 1.05)

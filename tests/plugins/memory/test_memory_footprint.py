@@ -310,6 +310,7 @@ def test_what_ranks_share(
         spread = {f"host {name}": size for name, size in spread.items()} | {"a gradient on its way": largest}
         spread |= {"host gradient on its way": largest, "host weights on their way": 4 * whole / 3}
     stage = next((word[-1] for word in words if word.startswith("fp32,zero")), "")
-    own = {"3": {"bucket, added up": 4 * whole}, "": {}}.get(stage, {"gathered": 4 * whole})
+    third = {"bucket, added up": 4 * whole, "gaps that whole layers leave": whole}
+    own = {"3": third, "": {}}.get(stage, {"gathered": 4 * whole})
     assert found.copies == pytest.approx({**spread, **bucket, **own})
     assert found.host == ({"optimizer"} if "--mem.zero2.offload" in words else frozenset())

@@ -141,6 +141,12 @@ def test_a_template_that_rewrites_the_past_is_refused_unless_it_marks_its_turns(
     assert spell(marked, tokens[mask]) == "x<end>ok<end>"
 
 
+def test_a_chat_of_which_nothing_can_be_learnt_is_a_refused_row(codec: Any) -> None:
+    closed_outside = MARKED.replace("<end>{% endgeneration %}", "{% endgeneration %}<end>")
+    with pytest.raises(RowError, match="leaves nothing of the assistant's turns"):
+        codec(closed_outside, stops=[0, 5]).chat([*CHAT, {"role": "assistant", "content": ""}])
+
+
 def test_a_template_that_refuses_is_a_refused_row(codec: Any) -> None:
     chat = codec("{{ raise_exception('no system turns') }}")
     with pytest.raises(RowError, match="no system turns"):
