@@ -154,8 +154,9 @@ def _run(job: Job, place: Place, say: Say) -> int:
     with contextlib.ExitStack() as held:
         parts = assemble(job.plan, say)
         held.callback(parts.close)
-        directory.open(job.plan)
+        directory.lock()
         held.callback(directory.close)
+        directory.check(job.plan, job.resume)  # again: while this one loaded another may have come and gone
         world = parts.backend.world
         digests = world.gather(parts.digest)  # and the directory is there, or rank 0 has said why not
         if digests[place.rank] != digests[0]:
@@ -163,6 +164,7 @@ def _run(job: Job, place: Place, say: Say) -> int:
         found = resume_from(directory, say) if job.resume else None
         if found:
             check_data(parts, found[1])
+        directory.open(job.plan)
         if job.resume:
             fresh = f"{directory.path} holds no checkpoint yet: starting from 0"
             world.barrier()  # all have looked before anything is cut

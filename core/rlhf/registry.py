@@ -3,6 +3,7 @@ and harms nobody; it is fatal only when the run asks for it."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import importlib.util
@@ -61,14 +62,25 @@ class Registry:
         self.warnings: list[str] = []
         """What should be said once on stderr: plugins that were left out, or that slow everybody down."""
         self._by_name: dict[tuple[str, str], Offer] = {}
+        self._elsewhere = False
+
+    def elsewhere(self) -> Registry:
+        """The same, for a plan of another machine: what lacks a module here can be had, after all that doesn't."""
+        found = copy.copy(self)
+        found._elsewhere = True
+        return found
+
+    def _usable(self, offer: Offer) -> bool:
+        return offer.status == "ok" or (self._elsewhere and offer.status == "missing")
 
     def offers_of(self, kind: str) -> list[Offer]:
         return [offer for offer in self.offers if offer.kind == kind]
 
     def entries(self, kind: str) -> list[Entry]:
         """The entries of a kind whose modules are there, highest rank first."""
-        found = [offer.entry for offer in self.offers_of(kind) if offer.status == "ok" and offer.entry is not None]
-        return sorted(found, key=lambda entry: (-entry.rank, entry.name))
+        found = [offer for offer in self.offers_of(kind) if self._usable(offer) and offer.entry is not None]
+        found.sort(key=lambda offer: (offer.status != "ok", -offer.entry.rank if offer.entry else 0, offer.name))
+        return [offer.entry for offer in found if offer.entry is not None]
 
     def offer(self, kind: str, name: str) -> Offer | None:
         return self._by_name.get((kind, name))
@@ -76,7 +88,7 @@ class Registry:
     def find(self, kind: str, name: str) -> Entry | Problem:
         """The named entry, or why there is none and what to type instead."""
         offer = self.offer(kind, name)
-        if offer is not None and offer.status == "ok" and offer.entry is not None:
+        if offer is not None and self._usable(offer) and offer.entry is not None:
             return offer.entry
         if offer is not None:
             return Problem(f"--{kind} {name} (from {offer.distribution}) cannot be used: {offer.reason}")

@@ -104,8 +104,8 @@ class RunDirectory:
         """Whether there is anything to go on from: a checkpoint, or the model of a run that is done."""
         return self.model.is_dir() or bool(whole(self.checkpoints))
 
-    def open(self, plan: Plan) -> None:
-        """Make the folder and write what is known before the first step.
+    def lock(self) -> None:
+        """Make the folder, and let no other process work in it.
 
         Raises:
             RequestError: another process is at work in it, or it can't be written.
@@ -119,6 +119,16 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RequestError(Problem(f"--output {self.path}: another process is running in it")) from None
+
+    def open(self, plan: Plan) -> None:
+        """Write what is known before the first step.
+
+        Raises:
+            RequestError: as `lock`, where it isn't locked yet.
+        """
+        if self._lock is None:
+            self.lock()
+        (self.path / "summary.json").unlink(missing_ok=True)  # before the recipe: a longer one would be taken for done
         recipe = yaml.safe_dump(plan.to_recipe(), sort_keys=False, allow_unicode=True)
         write_atomic(self.path / "recipe.yaml", recipe)
         self._json("environment.json", environment(plan))
@@ -214,6 +224,10 @@ class RunDirectory:
 
 class Onlooker(RunDirectory):
     """The same folder, seen by a rank that writes nothing of its own."""
+
+    def check(self, plan: Plan, resume: bool) -> None: ...
+
+    def lock(self) -> None: ...
 
     def open(self, plan: Plan) -> None: ...
 

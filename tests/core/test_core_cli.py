@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from rlhf import registry as registries
 from rlhf.cli import main
 from rlhf.entries import PolicyEntry
 from rlhf.errors import Interrupted, RunError
@@ -239,6 +240,40 @@ def test_nothing_heavy_is_imported(words: tuple[str, ...]) -> None:
     ended = in_a_process(*words, code=code)
     assert ended.returncode == 0
     assert ended.stderr.splitlines()[-1] == "[]"
+
+
+def test_what_is_not_installed_can_be_planned_for_another_machine(
+    rlhf: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = registries._present
+    monkeypatch.setattr(registries, "_loaded", None)
+    monkeypatch.setattr(registries, "_present", lambda module: module != "deepspeed" and present(module))
+    words = ("plan", "--algo", "ppo", "--mem", "zero3", "--nproc", "2")
+    there = rlhf(*words, "--device", "h100")
+    assert there.code == 0 and "backend deepspeed" in " ".join(there.out.split())
+    for what in ("--mem zero3", "--backend deepspeed"):
+        assert f"note: {what} can't run here: needs the module 'deepspeed'" in there.err
+    here = rlhf(*words)
+    assert here.code == 2 and "--mem zero3 (from rlhf-kit) cannot be used" in here.err
+    usual = rlhf("plan", "--algo", "ppo", "--nproc", "2", "--device", "h100")  # taken only where it is asked for
+    assert "backend ddp" in " ".join(usual.out.split()) and "can't run here" not in usual.err
+
+
+def test_what_ends_the_process_from_inside_is_a_failure(
+    rlhf: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script without a guard, taken for a reward, is no success that says nothing."""
+    (tmp_path / "script.py").write_text("import sys\ndef score(completion): return 0.0\nsys.exit(0)\n")
+    words = ("run", "--algo", "ppo", "--output", str(tmp_path / "run"), "--reward", "python")
+    ended = rlhf(*words, "--reward.python.path", f"{tmp_path / 'script.py'}:score")
+    assert ended.code == 2 and "raised SystemExit: 0" in ended.err
+
+    def leaves() -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr("rlhf.cli.plugins.loaded", leaves)
+    ended = rlhf("plugins")
+    assert ended.code == 1 and "something that was loaded called sys.exit(0)" in ended.err
 
 
 @pytest.mark.parametrize("words", [("--help",), ("plugins",)], ids=" ".join)

@@ -132,6 +132,19 @@ def test_two_processes_cannot_be_at_work_in_one_folder(tmp_path: Path, plan: Pla
     RunDirectory(tmp_path).open(plan)
 
 
+def test_a_run_that_goes_on_is_no_longer_done(tmp_path: Path, plan: Plan) -> None:
+    """Killed on its way it would else be taken for done, with a recipe that asks for no more steps."""
+    first = RunDirectory(tmp_path)
+    first.open(plan)
+    first.write_summary({"status": "done"})
+    first.close()
+    again = RunDirectory(tmp_path)
+    again.lock()
+    assert again.summary() == {"status": "done"}  # so far it may still be refused
+    again.open(plan)
+    assert again.summary() is None
+
+
 def test_a_folder_that_cannot_be_made_is_a_wrong_request(tmp_path: Path, plan: Plan) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="cannot be written"):

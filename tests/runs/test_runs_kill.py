@@ -80,3 +80,43 @@ def test_killed_at_random_moments_equals_never_killed(name: str, tmp_path: Path)
     summaries = [json.loads((place / "summary.json").read_text()) for place in (whole, killed)]
     assert summaries[0]["heldout_before"] == summaries[1]["heldout_before"]
     assert summaries[0]["heldout_after"] == summaries[1]["heldout_after"]
+
+
+@pytest.mark.matrix
+def test_a_finished_run_that_is_killed_while_it_goes_on_is_not_done(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(
+        "import os\n\ndef score(completions):\n"
+        "    if os.environ.get('DIES') and os.path.isdir('run/checkpoints/step-000003'): os._exit(9)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    words = ("--algo", "ppo", "--batch-size", "8", "--eval-rows", "0", "--track", "none",
+             "--reward", "python", "--reward.python.path", "dies.py:score")  # fmt: skip
+
+    def run(steps: int, *more: str, dies: str = "") -> subprocess.CompletedProcess[bytes]:
+        line = command(words, Path("run"), "--max-steps", str(steps), *more)
+        return subprocess.run(line, cwd=tmp_path, env={**os.environ, "DIES": dies}, capture_output=True, check=False)
+
+    assert run(2).returncode == 0
+    assert run(6, "--resume", dies="yes").returncode == 9
+    ended = run(6, "--resume")
+    assert ended.returncode == 0 and b"already finished" not in ended.stderr
+    assert [int(line["step"]) for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert b"already finished after 6 steps" in run(6, "--resume").stderr
+
+
+@pytest.mark.matrix
+def test_a_run_that_another_was_quicker_to_begin_leaves_it_alone(tmp_path: Path) -> None:
+    """Both looked at an empty folder; while this one imports its reward, another begins there and ends."""
+    words = ("--algo", "ppo", "--batch-size", "8", "--max-steps", "1", "--eval-rows", "0", "--track", "none")
+    subprocess.run(command(words, tmp_path / "other"), check=True, capture_output=True)
+    (tmp_path / "slow.py").write_text(
+        "import shutil\n\ndef score(completion): return 0.0\n\n"
+        f"shutil.copytree({str(tmp_path / 'other')!r}, {str(tmp_path / 'run')!r})\n"
+    )
+    given = ("--reward", "python", "--reward.python.path", f"{tmp_path / 'slow.py'}:score")
+    ended = subprocess.run(
+        command((*words, *given), tmp_path / "run"), capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert ended.returncode == 2 and "holds a run already" in ended.stderr
+    assert weights(tmp_path / "run") == weights(tmp_path / "other")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "other")

@@ -77,7 +77,9 @@ def _main(arguments: list[str], asked: signals.Asked) -> None:
         # Not cli.main: it would turn a broken pipe into exit code 1.
         with cli.make_context("rlhf", arguments) as context:
             code = cli.invoke(context)
-        sys.exit(code if isinstance(code, int) else 0)
+    except SystemExit as error:  # of something that was loaded: nothing here ends so
+        fail(f"something that was loaded called sys.exit({error.code!r})")
+        sys.exit(1)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.UsageError as error:
@@ -119,6 +121,7 @@ def _main(arguments: list[str], asked: signals.Asked) -> None:
             sys.exit(1)
         say("interrupted")
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _echo() -> bool:

@@ -53,16 +53,20 @@ def plan(
     fit the device that was given.
     """
     recipe = recipe_of(ctx, recipe_file, flags)
-    registry = warned()
+    asked = device is not None or device_memory is not None
+    registry = warned().elsewhere() if asked else warned()
     machine = _machine(recipe, device, device_memory)
     accepted = compose(recipe, registry, machine)
+    for component in accepted.components():
+        offer = registry.offer(component.kind, component.name)
+        if offer is not None and offer.status == "missing":
+            say(f"note: --{component.kind} {component.name} can't run here: {offer.reason}")
     assumed = assumed_lengths(accepted)
     lengths = Lengths(prompt=prompt_tokens or assumed.prompt, response=response_tokens or assumed.response)
     try:
         found = prediction(accepted, lengths, _measured(peaks))
     except Uncountable as error:
         raise RequestError(Problem(str(error), "leave it out, and tell its author")) from error
-    asked = device is not None or device_memory is not None
     fit = nearest_fit(Ask(recipe, registry, machine), accepted, lengths) if asked and not found.fits else None
     if as_json:
         content = {**accepted.to_json(), "prediction": {**found.to_json(), **_fit_json(fit)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import attrs
 
@@ -92,6 +93,28 @@ def _prompts_within_context(plan: Plan, component: PlannedComponent) -> Iterable
         yield Problem(f"{flag}: the model's context is {min(contexts)} tokens", f"{min(contexts) - 1} at most")
 
 
+def _plain_text_stays(plan: Plan, component: PlannedComponent) -> Iterable[str]:
+    """What a chat model is given may be no chat. Of the built-in model it is known to be right."""
+    policy = next((role for role in plan.roles if role.role.head == "lm"), None)
+    config = component.config
+    if policy is None or config.chat or config.template is not None or not _has_chat_template(Path(policy.model.path)):
+        return
+    if Path(policy.model.path) != _STARTER:
+        yield "prompts that are plain text stay so; --policy.chat true puts them into the model's chat template"
+
+
+_STARTER = Path(__file__).parents[1] / "starter" / "model"
+
+
+def _has_chat_template(model: Path) -> bool:
+    if (model / "chat_template.jinja").is_file():
+        return True
+    try:
+        return '"chat_template"' in (model / "tokenizer_config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # on the hub, or has none
+        return False
+
+
 def _footprint(module: ModuleMemory, batch: ForwardBatch, plan: Plan, component: PlannedComponent) -> Activations:
     config = component.config
     host = "cuda" not in plan.machine.provides
@@ -115,6 +138,7 @@ def rlhf_policies() -> Iterable[PolicyEntry]:
         impl="rlhf_plugins.policies.hf:HFPolicy",
         footprint=_footprint,
         constraints=(_language_models, _prompts_within_context),
+        notes=(_plain_text_stays,),
         eases=("chunk_tokens",),
         rank=10,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -69,7 +70,7 @@ def load_function(path: str, flag: str) -> Callable[..., Any]:
         module = _from_file(file) if place.endswith(".py") else importlib.import_module(place)
     except Interrupted:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard may end itself
         raise RequestError(f"{flag}: importing {place} raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -78,6 +79,12 @@ def load_function(path: str, flag: str) -> Callable[..., Any]:
         raise RequestError(Problem(f"{flag}: {name!r} {what}", f"{place} has {', '.join(known) or 'no functions'}"))
     found: Callable[..., Any] = function
     return found
+
+
+def source_digest(path: str) -> str:
+    """Of FILE.py as it is on disk; empty for a module, which may be of many files."""
+    place = path.rpartition(":")[0]
+    return hashlib.sha256(Path(place).expanduser().read_bytes()).hexdigest() if place.endswith(".py") else ""
 
 
 def _from_file(file: Path) -> ModuleType:

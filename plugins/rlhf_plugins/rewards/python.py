@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.api import Context, Interrupted, Problem, RequestError, Reward, Rollouts, RunError, Score
+from rlhf.api import Context, Interrupted, Problem, RequestError, Reward, Rollouts, RunError, Score, State
 from rlhf_plugins.rewards import samples
-from rlhf_plugins.rewards.function import load_function, parameters
+from rlhf_plugins.rewards.function import load_function, parameters, source_digest
 
 
 class PythonFunction(Reward):
@@ -31,6 +31,7 @@ class PythonFunction(Reward):
         self._who = f"reward {context.label or 'python'!r} ({config.path})"
         self._flag = f"--reward.{context.label or 'python'}.path {config.path}"
         self._function = load_function(config.path, self._flag)
+        self._written = source_digest(config.path)
         self._takes = parameters(self._function, self._flag)
         self._batched = "completions" in self._takes.names if config.batched is None else config.batched
         self._own = ("prompts", "completions") if self._batched else ("prompt", "completion")
@@ -38,6 +39,14 @@ class PythonFunction(Reward):
             what = f"{self._flag}: it takes ({', '.join(self._takes.names)}), and no {self._own[1]!r} to judge"
             raise RequestError(Problem(what, f"name its parameters {', '.join(self._own)}, and columns of the data"))
         self.columns = tuple(name for name in self._takes.required if name not in self._own)
+
+    def state(self) -> State:
+        return {"written": self._written}
+
+    def load_state(self, state: State) -> None:
+        """Says so where the file was another: rewards of before and after may differ."""
+        if state.get("written", self._written) != self._written:
+            self.context.say(f"note: {self._flag}: the file has changed since this run was last saved")
 
     def judge(self, rollouts: Rollouts, score: Score) -> Sequence[Any]:
         """What the function returns: B numbers."""
@@ -72,6 +81,6 @@ class PythonFunction(Reward):
             return self._function(**arguments)
         except (Interrupted, RunError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             where = ("" if len(of) == 1 else "a batch that begins with ") + samples.name(rollouts, of[0])
             raise RunError(f"{self._who} raised {type(error).__name__}: {error}, on {where}") from error

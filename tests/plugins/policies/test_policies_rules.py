@@ -46,6 +46,28 @@ def test_a_reward_model_is_no_policy(
     assert said.count("is a classifier") == 1 and "--model reward=PATH" in said  # of policy and reference: once
 
 
+@pytest.mark.parametrize(
+    ("more", "noted"),
+    [((), True), (("--policy.chat", "true"), False), (("--policy.template", "Q: {prompt}"), False)],
+    ids=str,
+)
+def test_a_chat_model_that_is_given_plain_text_is_noted(
+    more: tuple[str, ...], noted: bool, tiny_model: Path,
+    typed: Callable[..., Recipe], installed: Registry, machine: Machine,
+) -> None:  # fmt: skip
+    def told(*words: str) -> bool:
+        plan = compose(typed("--algo", "ppo", *words), installed, machine)
+        return any("stay so; --policy.chat true" in note for note in plan.notes)
+
+    assert told("--model", str(tiny_model), *more) == noted
+    assert not told(*more)  # the built-in model was made so
+    (tiny_model / "chat_template.jinja").rename(tiny_model / "away")
+    try:
+        assert not told("--model", str(tiny_model), *more)
+    finally:
+        (tiny_model / "away").rename(tiny_model / "chat_template.jinja")
+
+
 def test_a_longest_prompt_leaves_room_to_answer(
     typed: Callable[..., Recipe], installed: Registry, machine: Machine
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from rlhf.entries import RewardEntry
@@ -52,6 +53,24 @@ FORMS = [
     ("import numpy\ndef f(completions): return numpy.array([0.5, 1.5])", None, [0.5, 1.5]),
     ("class F:\n    def __call__(self, completion): return completion\nf = F()", None, ["a", "b"]),
 ]
+
+
+def test_a_file_that_has_changed_since_is_noted(make: Make, context: Context) -> None:
+    said: list[str] = []
+    first = make("def f(completion): return 1.0")
+    kept = first.state()
+    for source, noted in (("def f(completion): return 1.0", 0), ("def f(completion): return -1.0", 1)):
+        again = make(source)
+        again.context = attrs.evolve(context, say=said.append)
+        again.load_state(kept)
+        assert len(said) == noted
+    assert "mine.py:f: the file has changed since" in said[0]
+    again.load_state({})  # of a run from before this was kept
+
+
+def test_a_function_that_ends_the_process_is_told_as_any_error(make: Make, rollouts: Rolled) -> None:
+    with pytest.raises(RunError, match=r"raised SystemExit: 3, on"):
+        judge(make("def f(completion): raise SystemExit(3)"), rollouts(["a"], [{}], ["q"]))
 
 
 @pytest.mark.parametrize(("source", "batched", "returned"), FORMS)
