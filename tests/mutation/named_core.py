@@ -110,6 +110,9 @@ SCORING = (
     ("old log-probs: never corrected", "the engine's samples count as the policy's",
      "            self.off_policy.weigh(rollouts, logp)\n", "            self.off_policy.compare(rollouts, logp)\n"),
     ("old log-probs: truncated or not", "a ratio that isn't one", "if said.truncated:", "if False:"),
+    ("ahead: at any temperature", "ratios of two distributions", "its_own == temperature and (", "True and ("),
+    ("ahead: dropout or not", "values of before depend on how a step is cut",
+     "and self._models.noisy.isdisjoint(roles)", "and True"),
     ("ahead: what the first loss doesn't want is kept", "two graphs at once",
      "            self.clear()\n            return {}", "            return {}"),
     ("micro-batches: pairs are cut in two", "chosen without rejected",
@@ -124,6 +127,10 @@ SCORING = (
 )  # fmt: skip
 
 LOOP_TABLE = (
+    ("best: no number stays the best", "nothing is better than none", "better = math.isnan(before) or (",
+     "better = (", (f"{LOOP}::test_better_is_higher_for_a_reward_and_lower_for_a_loss",)),
+    ("best: no number is better", "a step of none is kept", "if math.isnan(value) or not better:", "if not better:",
+     (f"{LOOP}::test_better_is_higher_for_a_reward_and_lower_for_a_loss",)),
     ("step: the reported loss is the last micro-batch's", "it isn't summed",
      'logged["loss"] = logged["loss"] + loss.detach()', 'logged["loss"] = loss.detach()', (f"{CUT}[sft]",)),
     ("step: an update a micro-batch", "gradients aren't accumulated",
@@ -201,6 +208,10 @@ SHARES = (
 )  # fmt: skip
 
 OFFLINE = (
+    ("other numbers are the same data", "a run goes on with other labels",
+     "found.update(repr(sorted((name, float(x)) for name, x in example.fields.items())).encode())", "pass"),
+    ("other masks are the same data", "a run goes on with other tokens to learn",
+     "if example.mask is not None:", "if False:"),
     ("reference kept of the wrong row", "in the order computed",
      "kept = [self._kept[row] for _, row in places]", "kept = list(self._kept.values())[: len(places)]"),
     ("reference kept in the order of rows", "sorted", "kept = [self._kept[row] for _, row in places]",
@@ -354,6 +365,8 @@ ROUNDS = (
 )  # fmt: skip
 
 TAKEN = (
+    ("ptx: while a critic warms up", "the policy moves", "parts.mixture if parts.algorithm.mixes else None",
+     "parts.mixture"),
     ("ptx: where it was isn't kept", "a run that goes on takes other rows",
      'parts.mixture.load_state(state["mixture"])', "pass"),
     ("rounds: what was taken isn't kept", "a run that goes on samples other prompts",
@@ -372,7 +385,26 @@ MIXTURE = (
      'self._updates = state["updates"]', "pass"),
 )  # fmt: skip
 
+RUN_DIRECTORY = (
+    ("a run that goes on is still done", "killed, it is taken for done",
+     '(self.path / "summary.json").unlink(missing_ok=True)', "pass"),
+)  # fmt: skip
+
+FIT = (
+    ("nearest: the fewest changes", "adapters where smaller batches would do",
+     "            nearest = min(", "            return min("),
+    ("nearest: whatever changes", "the last that fits", "weight >= nearest.weight", "False"),
+)  # fmt: skip
+
+DIGEST = (
+    ("what rewards see is no data", "a run goes on with other answers",
+     'tokens.numpy().tobytes() + b"/" + extra.encode() + b"/"', 'tokens.numpy().tobytes() + b"/"'),
+)  # fmt: skip
+
 TABLES = (
+    (f"{C}/rundir.py", (f"{T}/test_core_rundir.py",), RUN_DIRECTORY),
+    (f"{C}/planning/fit.py", (f"{T}/planning/test_planning_memory.py",), FIT),
+    (f"{C}/parts.py", (f"{T}/test_core_mixture.py",), DIGEST),
     (f"{C}/rounds.py", (f"{T}/test_core_rounds.py",), ROUNDS),
     (f"{C}/mixture.py", (f"{T}/test_core_mixture.py",), MIXTURE),
     (f"{C}/loop.py", (f"{T}/test_core_mixture.py", f"{T}/test_core_rounds.py"), TAKEN),

@@ -148,6 +148,8 @@ HELD = (
      "places[inside]"),
     ("held: the first ones", "nothing is drawn", "np.random.default_rng(seed).permutation(len(everybody))[:count]",
      "np.arange(len(everybody))[:count]"),
+    ("held: the same in each pass", "some tokens are never learnt", "[context.seed, *update]",
+     "[context.seed, update[0]]"),
     ("held: outside the bounds", "the highest are drawn", "cov < config.covariance_high", "cov < 1e9"),
     ("held: perhaps none", "a small step is never held", "count = max(1, int(", "count = max(0, int("),
     ("held: share is ignored", "one token", "config.covariance_share * float(of_logp.count)", "0.0"),
@@ -156,6 +158,7 @@ HELD = (
 )  # fmt: skip
 
 SHAPES = (
+    ("sapo: unbounded", "no number where the policy has gone far", ".clamp(max=20.0))\n    tau", ")\n    tau"),
     ("response ratio: divided by all tokens", "a tool's tokens count", "total / segment_sum(own, lengths).clamp(min=1)",
      "total / lengths.clamp(min=1)"),
     ("response ratio: the sum", "mean does nothing", "    if mean:\n", "    if False:\n"),
