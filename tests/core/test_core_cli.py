@@ -259,6 +259,7 @@ def test_what_is_not_installed_can_be_planned_for_another_machine(
     assert "backend ddp" in " ".join(usual.out.split()) and "can't run here" not in usual.err
 
 
+@pytest.mark.whole
 def test_what_ends_the_process_from_inside_is_a_failure(
     rlhf: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
