@@ -18,7 +18,7 @@ from rlhf import API_VERSION
 from rlhf.entries import KINDS, NONE, AlgorithmEntry, Entry, StarterEntry
 from rlhf.errors import Problem, RequestError
 from rlhf.hooks import GROUP, HOOK_OF_KIND, Hooks
-from rlhf.options import fields, nearest
+from rlhf.options import fields, nearest, one_letter
 from rlhf.well_made import ill_typed
 
 if TYPE_CHECKING:
@@ -329,17 +329,7 @@ def _misspelt(found: type[Any], wanted: type[Any]) -> tuple[str, str] | None:
     ours = {name for name in dir(wanted) if not name.startswith("_")}
     own = {name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name, None))} - ours
     left = [name for name in sorted(ours) if getattr(found, name, None) is getattr(wanted, name, None)]
-    return next(((name, meant) for name in sorted(own) for meant in left if _one_letter(name, meant)), None)
-
-
-def _one_letter(a: str, b: str) -> bool:
-    """One letter more, less or other, or two that changed places."""
-    short, long = sorted((a, b), key=len)
-    if len(short) < len(long):
-        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-    other = [i for i in range(len(a)) if len(a) == len(b) and a[i] != b[i]]
-    crossed = len(other) == 2 and other[1] == other[0] + 1 and a[other[0]] == b[other[1]] and a[other[1]] == b[other[0]]
-    return len(other) == 1 or crossed
+    return next(((name, meant) for name in sorted(own) for meant in left if one_letter(name, meant)), None)
 
 
 def _class_of(kind: str) -> type[Any]:

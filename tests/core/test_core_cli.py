@@ -360,6 +360,7 @@ def test_single_is_refused_for_several(rlhf: Callable[..., Ended]) -> None:
         (("run", "--algo", ""), "--algo is given nothing\n    --algo VALUE, or leave it out"),
         (("plan", "--algo", "sft", "--model", "", "--mem", ",,"), "--model is given nothing"),
         (("plan", "--algo", "sft", "--data="), "--data is given nothing"),
+        (("run", "--algo", "gpro"), "there is no --algo 'gpro'\n    did you mean 'grpo'?"),
         (("run", "--output", ""), "--output is given nothing\n    --output VALUE, or leave it out"),
         (("run", ""), "RECIPE.yaml is given nothing\n    give it a value, or leave it out"),
         (("run", "--seed", ""), "--seed is given nothing"),
