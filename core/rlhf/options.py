@@ -128,13 +128,25 @@ def type_name(kind: Any) -> str:
 
 
 def nearest(given: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name most like `given`, or None when nothing is alike. Initials are alike: lr is learning_rate."""
+    """The known name most like `given`, or None when nothing is alike. Initials are alike: lr is learning_rate. What is
+    one letter away goes before the rest: gpro is grpo rather than gspo."""
     lowered = {name.lower(): name for name in known}
     short = [name for name in lowered if "".join(word[:1] for word in re.split(r"[-_]", name)) == given.lower()]
     if len(short) == 1 and len(given) > 1 and given.lower() not in lowered:
         return lowered[short[0]]
-    found = difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=cutoff)
-    return lowered[found[0]] if found else None
+    found = difflib.get_close_matches(given.lower(), lowered, n=max(1, len(lowered)), cutoff=cutoff)
+    one_off = [name for name in found if one_letter(given.lower(), name)] if given.lower() not in found else []
+    return next((lowered[name] for name in one_off + found), None)
+
+
+def one_letter(a: str, b: str) -> bool:
+    """One letter more, less or other, or two that changed places."""
+    short, long = sorted((a, b), key=len)
+    if len(short) < len(long):
+        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+    other = [i for i in range(len(a)) if len(a) == len(b) and a[i] != b[i]]
+    crossed = len(other) == 2 and other[1] == other[0] + 1 and a[other[0]] == b[other[1]] and a[other[1]] == b[other[0]]
+    return len(other) == 1 or crossed
 
 
 def convert(value: Any, kind: Any) -> Any:

@@ -30,7 +30,7 @@ from rlhf.facts import ModelFacts
 from rlhf.files import write_atomic
 from rlhf.options import nearest
 from rlhf.plan import plain
-from rlhf.recipe import from_mapping
+from rlhf.recipe import from_mapping, key_of, twice
 from rlhf.registry import Registry
 
 _RECIPES = "recipes"
@@ -55,7 +55,7 @@ def stages_of(content: Mapping[str, Any], where: str) -> list[Stage]:
     if not isinstance(stages, dict) or not stages:
         raise RequestError(Problem(f"{where}: holds no stages", "stages: {sft: {algo: sft, ...}, ppo: {...}}"))
     common = {key: value for key, value in content.items() if key != "stages"}
-    problems: list[Problem] = []
+    problems = [*twice(common, where)]
     found: list[Stage] = []
     for name, recipe in stages.items():
         if not isinstance(recipe, dict):
@@ -65,7 +65,8 @@ def stages_of(content: Mapping[str, Any], where: str) -> list[Stage]:
             fix = f"letters, digits, - and _, and not {_RECIPES!r}: it names a folder beside that of the recipes"
             problems.append(Problem(f"{where}: stage {name!r}: is no name for a stage", fix))
         before = [stage.name for stage in found]
-        whole = {**common, **recipe}
+        own = {key_of(key) for key in recipe}
+        whole = {**{k: v for k, v in common.items() if k in recipe or key_of(k) not in own}, **recipe}
         for reference in _references(whole):
             if reference not in before:
                 near = nearest(reference, before)

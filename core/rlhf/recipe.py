@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,18 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
     """
     if "stages" in content:
         raise RequestError(Problem(f"{where}: is a pipeline, not the recipe of one run", f"rlhf pipeline {where}"))
-    problems: list[Problem] = []
+    problems = [*twice(content, where)]
     picks: dict[str, tuple[Pick, ...]] = {}
     options: dict[str, Mapping[str, Any]] = {}
     run: dict[str, Any] = {}
     known_run = fields(RunOptions)
+    given = {}
     for raw_key, value in content.items():
-        key = str(raw_key).replace("-", "_")
+        key = key_of(raw_key)
+        given[key] = value
         if key in KINDS and key not in MANY and isinstance(value, dict) and "name" not in value:
-            options[key] = {str(name).replace("-", "_"): given for name, given in value.items()}
+            problems += twice(value, f"{where}: {key}")
+            options[key] = {key_of(name): chosen for name, chosen in value.items()}
         elif key in KINDS:
             picks[key] = _picks(key, value, where, problems)
         elif key in known_run:
@@ -165,16 +168,31 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
     recipe = Recipe(
         picks=picks,
         options=options,
-        roles=_roles(content.get("roles") or {}, where, problems),
-        model=_text(content.get("model"), f"{where}: model", problems),
-        data=_paths(content.get("data"), f"{where}: data", problems),
-        eval_data=_paths(content.get("eval_data", content.get("eval-data")), f"{where}: eval_data", problems),
-        ptx_data=_paths(content.get("ptx_data", content.get("ptx-data")), f"{where}: ptx_data", problems),
+        roles=_roles({} if given.get("roles") is None else given["roles"], where, problems),
+        model=_text(given.get("model"), f"{where}: model", problems),
+        data=_paths("data", given, where, problems),
+        eval_data=_paths("eval_data", given, where, problems),
+        ptx_data=_paths("ptx_data", given, where, problems),
         run=run,
     )
     if problems:
         raise RequestError(problems)
     return recipe
+
+
+def key_of(raw: Any) -> str:
+    """A key of a recipe as it is looked up: `batch-size` and `batch_size` are one."""
+    return str(raw).replace("-", "_")
+
+
+def twice(content: Mapping[Any, Any], where: str) -> Iterator[Problem]:
+    """Keys of one mapping that differ in their spelling alone, of which the last would win without a word."""
+    spelt: dict[str, list[str]] = {}
+    for raw in content:
+        spelt.setdefault(key_of(raw), []).append(str(raw))
+    for names in spelt.values():
+        if len(names) > 1:
+            yield Problem(f"{where}: {' and '.join(names)} are one key, given twice", "leave all but one out")
 
 
 def from_file(path: str | Path) -> Recipe:
@@ -222,14 +240,23 @@ class _OneOfEach(yaml.SafeLoader):
 def _picks(kind: str, value: Any, where: str, problems: list[Problem]) -> tuple[Pick, ...]:
     items = value if isinstance(value, list) else [value]
     found: list[Pick] = []
+    if not items and kind not in ("mem", "track"):  # of these, none at all is a choice
+        problems.append(_nothing(f"{where}: {kind}", f"{kind}: NAME"))
     for item in items:
-        if isinstance(item, str):
+        if isinstance(item, str) and not item.replace(",", "").strip():
+            problems.append(_nothing(f"{where}: {kind}", f"{kind}: NAME"))
+        elif isinstance(item, str):
             found.extend(parse_pick(part) for part in item.split(",") if part.strip())
         elif isinstance(item, dict) and isinstance(item.get("name"), str):
             pick = parse_pick(item["name"])
-            label = str(item.get("label", pick.label))
-            options = {str(k): v for k, v in item.items() if k not in ("name", "label")}
-            found.append(Pick(pick.name, label, options))
+            label = item.get("label", pick.label)
+            if "label" in item and (label == "" or isinstance(label, bool) or not isinstance(label, str | int)):
+                problems.append(
+                    Problem(f"{where}: {kind}: {pick.name}: the label {label!r} is no word", "leave it out")
+                )
+            problems += twice(item, f"{where}: {kind}: {pick.name}")
+            options = {key_of(k): v for k, v in item.items() if k not in ("name", "label")}
+            found.append(Pick(pick.name, str(label), options))
         else:
             what = f"{where}: {kind}: {item!r} names no component"
             problems.append(Problem(what, f"write '{kind}: NAME' or '{kind}: {{name: NAME, OPTION: VALUE}}'"))
@@ -271,18 +298,29 @@ def _roles(content: Any, where: str, problems: list[Problem]) -> dict[str, RoleR
 
 
 def _text(value: Any, where: str, problems: list[Problem]) -> str | None:
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and value.strip()):
         return value
-    problems.append(Problem(f"{where} must be text, not {value!r}"))
+    if isinstance(value, str):
+        problems.append(_nothing(where, "model: PATH"))
+    else:
+        problems.append(Problem(f"{where} must be text, not {value!r}"))
     return None
 
 
-def _paths(value: Any, where: str, problems: list[Problem]) -> tuple[str, ...]:
+def _paths(key: str, given: Mapping[str, Any], where: str, problems: list[Problem]) -> tuple[str, ...]:
+    value = given.get(key)
     items = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in items):
-        problems.append(Problem(f"{where} must be a path or a list of paths, not {value!r}"))
+        problems.append(Problem(f"{where}: {key} must be a path or a list of paths, not {value!r}"))
         return ()
+    if not all(item.strip() for item in items) or (key == "data" and value == []):  # of the others none is a choice
+        problems.append(_nothing(f"{where}: {key}", f"{key}: PATH"))
     return tuple(items)
+
+
+def _nothing(what: str, instead: str) -> Problem:
+    """Of what would silently mean something else, such as what is taken unasked."""
+    return Problem(f"{what} is given nothing", f"{instead}, or leave it out")
 
 
 _PATHS = ("model", "data", "eval_data", "ptx_data")
@@ -309,7 +347,7 @@ def from_flags(
     for name, values in given.items():  # such as of a shell variable that is not set
         if any(not value.replace(",", "").strip() for value in values):
             flag = f"--{name.replace('_', '-')}"
-            problems.append(Problem(f"{flag} is given nothing", f"{flag} VALUE, or leave it out"))
+            problems.append(_nothing(flag, f"{flag} VALUE"))
     for kind, values in named.items():
         found: list[Pick] = []
         for value in values:

@@ -19,7 +19,8 @@ from rlhf import API_VERSION
 from rlhf.entries import KINDS, NONE, AlgorithmEntry, Entry, StarterEntry
 from rlhf.errors import Problem, RequestError
 from rlhf.hooks import GROUP, HOOK_OF_KIND, Hooks
-from rlhf.options import fields, nearest
+from rlhf.options import fields, nearest, one_letter
+from rlhf.well_made import ill_typed
 
 if TYPE_CHECKING:
     from rlhf.plan import Component
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[a-z0-9]+\+*([-+._][a-z0-9]+\+*)*")
 """Of a component."""
 HEAVY = ("torch", "transformers", "vllm", "deepspeed")
+_ASKED = (KeyboardInterrupt, GeneratorExit)
+"""Not a plugin's doing. All else that its code raises is, SystemExit and asyncio's CancelledError too."""
 
 
 @attrs.frozen
@@ -103,15 +106,16 @@ class Registry:
     def add(self, entry: Entry, source: _Source) -> None:
         """Take an entry in, or report why not. A taken name stays with the plugin that had it first."""
         reason = _check(entry)
+        summary: object = entry.summary
         taken = self._by_name.get((entry.kind, entry.name))
         if taken is not None:
             reason = f"the name is taken by {taken.distribution} {taken.version}; one of the two must be uninstalled"
             self.warnings.append(f"plugin {source}: --{entry.kind} {entry.name}: {reason}")
-        missing = {m: hint for m, hint in entry.modules.items() if not reason and not _present(m)}
+        missing = {} if reason else {m: hint for m, hint in entry.modules.items() if not _present(m)}
         offer = Offer(
             kind=entry.kind,
             name=entry.name,
-            summary=entry.summary,
+            summary=summary if isinstance(summary, str) else "",
             distribution=source.distribution,
             version=source.version,
             status="failed" if reason else "missing" if missing else "ok",
@@ -133,7 +137,9 @@ class Registry:
 def _present(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except Exception:  # of a dotted name the parents are imported, and may break in any way
+    except _ASKED:
+        raise
+    except BaseException:  # of a dotted name the parents are imported, and may break in any way
         return False
 
 
@@ -144,6 +150,8 @@ def _other_api(version: object) -> str:
 def _check(entry: Entry) -> str:
     if entry.api_version != API_VERSION:
         return _other_api(entry.api_version)
+    if wrong := ill_typed(entry, KINDS[entry.kind]):
+        return wrong
     if not NAME.fullmatch(entry.name):
         return f"{entry.name!r} is no legal name: lower case, digits, and - + . between them"
     if entry.name == NONE:
@@ -154,12 +162,11 @@ def _check(entry: Entry) -> str:
         return "its requires doesn't name 'rollouts', so it samples nothing, and data must say what rows it reads"
     if entry.config is not None and not attrs.has(entry.config):
         return f"config must be an attrs class, not {entry.config!r}"
-    rank: object = entry.rank  # a plugin's author may not use mypy
-    if not isinstance(rank, int):
-        return f"rank must be an int, not {rank!r}"
     try:
         names = fields(entry.config) if entry.config is not None else {}
-    except Exception as error:  # an annotation that can't be resolved
+    except _ASKED:
+        raise
+    except BaseException as error:  # an annotation that can't be resolved
         return f"the types of its config can't be read: {type(error).__name__}: {error}"
     reserved = sorted({"name", "label"} & set(names))
     if reserved:
@@ -209,7 +216,9 @@ def load() -> Registry:
         heavy_before = {name for name in HEAVY if name in sys.modules}
         try:
             plugin = point.load()
-        except (Exception, SystemExit) as error:
+        except _ASKED:
+            raise
+        except BaseException as error:
             registry.fail(source, f"importing {point.value!r} failed: {type(error).__name__}: {error}")
             continue
         heavy = [name for name in HEAVY if name in sys.modules and name not in heavy_before]
@@ -218,13 +227,15 @@ def load() -> Registry:
                 f"plugin {source} imports {', '.join(heavy)} in its entry module {point.value!r}, which slows every "
                 "command; its author should name the implementation in impl='module:Class' instead"
             )
-        declared = getattr(plugin, "api_version", API_VERSION)
-        if declared != API_VERSION:  # said before its hooks are looked at, which may be of that version
-            registry.fail(source, _other_api(declared))
-            continue
-        try:
+        try:  # a module may have a __getattr__ of its own
+            declared = getattr(plugin, "api_version", API_VERSION)
+            if declared != API_VERSION:  # said before its hooks are looked at, which may be of that version
+                registry.fail(source, _other_api(declared))
+                continue
             manager.register(plugin, name=f"{distribution}:{point.name}")
-        except Exception as error:
+        except _ASKED:
+            raise
+        except BaseException as error:
             registry.fail(source, f"{type(error).__name__}: {error}")
             continue
         _collect(registry, manager, plugin, source)
@@ -266,17 +277,25 @@ def _collect(registry: Registry, manager: pluggy.PluginManager, plugin: Any, sou
                 if not isinstance(entry, KINDS[kind]):
                     registry.fail(source, f"{hook} yields {KINDS[kind].__name__}, not {type(entry).__name__}")
                     continue
+                name: object = entry.name
+                wrong = f"{hook}: the entry {name!r} is malformed: "
+                if not isinstance(name, str):
+                    registry.fail(source, f"{wrong}name must be str")
+                    continue
                 try:
                     registry.add(entry, source)
-                except Exception as error:  # fields of wrong types
-                    reason = f"{hook}: the entry {entry.name!r} is malformed: {type(error).__name__}: {error}"
-                    registry.fail(source, reason)
+                except _ASKED:
+                    raise
+                except BaseException as error:  # such as of a class of its own, whose fields raise
+                    registry.fail(source, f"{wrong}{type(error).__name__}: {error}")
     if "rlhf_starters" in names:
         for entry in _call(registry, plugin, "rlhf_starters", source):
-            if isinstance(entry, StarterEntry):
-                registry.starters.append(entry)
-            else:
+            if not isinstance(entry, StarterEntry):
                 registry.fail(source, f"rlhf_starters yields StarterEntry, not {type(entry).__name__}")
+            elif wrong := ill_typed(entry, StarterEntry):
+                registry.fail(source, f"rlhf_starters: the starter {entry.name!r} is malformed: {wrong}")
+            else:
+                registry.starters.append(entry)
 
 
 def _call(registry: Registry, plugin: Any, hook: str, source: _Source) -> list[Any]:
@@ -284,7 +303,9 @@ def _call(registry: Registry, plugin: Any, hook: str, source: _Source) -> list[A
     try:
         found: Iterable[Any] | None = getattr(plugin, hook)()
         return list(found or ())
-    except Exception as error:
+    except _ASKED:
+        raise
+    except BaseException as error:
         registry.fail(source, f"{hook} failed: {type(error).__name__}: {error}")
         return []
 
@@ -300,7 +321,9 @@ def resolve(component: Component) -> Any:
     module, _, name = component.entry.impl.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:
+    except _ASKED:
+        raise
+    except BaseException as error:
         what = f"{where} could not be imported: {type(error).__name__}: {error}"
         raise RequestError(Problem(what, fix)) from error
     wanted = _class_of(component.kind)
@@ -318,17 +341,7 @@ def _misspelt(found: type[Any], wanted: type[Any]) -> tuple[str, str] | None:
     ours = {name for name in dir(wanted) if not name.startswith("_")}
     own = {name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name, None))} - ours
     left = [name for name in sorted(ours) if getattr(found, name, None) is getattr(wanted, name, None)]
-    return next(((name, meant) for name in sorted(own) for meant in left if _one_letter(name, meant)), None)
-
-
-def _one_letter(a: str, b: str) -> bool:
-    """One letter more, less or other, or two that changed places."""
-    short, long = sorted((a, b), key=len)
-    if len(short) < len(long):
-        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-    other = [i for i in range(len(a)) if len(a) == len(b) and a[i] != b[i]]
-    crossed = len(other) == 2 and other[1] == other[0] + 1 and a[other[0]] == b[other[1]] and a[other[1]] == b[other[0]]
-    return len(other) == 1 or crossed
+    return next(((name, meant) for name in sorted(own) for meant in left if one_letter(name, meant)), None)
 
 
 def _class_of(kind: str) -> type[Any]:

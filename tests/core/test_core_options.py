@@ -207,7 +207,8 @@ def test_the_help_carries_choices_unit_and_source() -> None:
 
 
 def test_nearest() -> None:
-    assert nearest("GRPO", ["ppo", "grpo"]) == "grpo"
+    assert nearest("GRPO", ["ppo", "grpo", "gspo"]) == "grpo"
+    assert nearest("gpro", ["gspo", "grpo", "ppo"]) == "grpo"  # two letters changed places
     assert nearest("lr", ["learning_rate", "clip"]) == "learning_rate"  # by initials
     assert nearest("bs", ["batch-size", "beta-slope"]) is None  # of two
     assert nearest("max_step", ["max_steps"], 0.9) == "max_steps" and nearest("max", ["max_steps"], 0.9) is None

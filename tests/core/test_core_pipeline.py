@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 from rlhf import cli
+from rlhf.cli.pipeline import _set
 from rlhf.errors import Interrupted, RequestError, RunError
 from rlhf.pipeline import _run, check, stages_of
+from rlhf.recipe import from_mapping
 from rlhf.registry import Registry
 
 
@@ -32,6 +34,26 @@ def test_common_keys_hold_for_every_stage_that_does_not_say_otherwise() -> None:
     first, second = stages_of(content, "p.yaml")
     assert (first.name, first.recipe) == ("sft", {"seed": 3, "model": "base", "algo": "sft"})
     assert (second.name, second.recipe) == ("dpo", {"seed": 3, "model": "@sft", "algo": "dpo"})
+
+
+def test_a_stages_own_key_goes_before_the_common_one_however_it_is_spelt() -> None:
+    content = {"eval_data": "all.jsonl", "seed": 3, "stages": {"sft": {"algo": "sft", "eval-data": "own.jsonl"}}}
+    (stage,) = stages_of(content, "p.yaml")
+    assert stage.recipe == {"seed": 3, "algo": "sft", "eval-data": "own.jsonl"}
+    assert from_mapping(stage.recipe, "p.yaml").eval_data == ("own.jsonl",)
+
+
+def test_a_common_key_in_both_spellings_is_refused() -> None:
+    (said,) = refused({"batch_size": 4, "batch-size": 8, "stages": {"sft": {"algo": "sft"}}})
+    assert said.startswith("p.yaml: batch_size and batch-size are one key, given twice")
+
+
+def test_a_setting_takes_the_place_of_the_key_however_it_is_spelt() -> None:
+    content = {"stages": {"sft": {"algo": "sft", "batch_size": 4}}}
+    _set(content, "sft.batch-size=8")
+    assert content == {"stages": {"sft": {"algo": "sft", "batch_size": 8}}}
+    with pytest.raises(RequestError, match=r"--set sft\.data=: must read PATH=VALUE"):
+        _set(content, "sft.data=")
 
 
 @pytest.mark.parametrize("stages", [None, {}, [], "sft"])

@@ -185,6 +185,63 @@ def test_every_wrong_key_and_shape_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"batch_size": 4, "batch-size": 8}, "my.yaml: batch_size and batch-size are one key, given twice"),
+        ({"eval_data": "a", "eval-data": "b"}, "my.yaml: eval_data and eval-data are one key"),
+        ({"policy": {"max-length": 3, "max_length": 9}}, "my.yaml: policy: max-length and max_length are one key"),
+        ({"algo": {"name": "ppo", "clip-range": 1, "clip_range": 2}}, "my.yaml: algo: ppo: clip-range and clip_range"),
+        ({"mem": [{"name": "lora", "x-y": 1, "x_y": 2}]}, "my.yaml: mem: lora: x-y and x_y are one key"),
+    ],
+)
+def test_a_key_in_both_spellings_is_refused(content: dict[str, Any], what: str) -> None:
+    (told,) = refused(content)
+    assert told.startswith(what) and "leave all but one out" in told
+
+
+def test_dashes_of_a_components_own_options_are_underscores() -> None:
+    assert from_mapping({"algo": {"name": "ppo", "clip-range": 1}}, "r").picks["algo"][0].options == {"clip_range": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"algo": ""}, "my.yaml: algo is given nothing\n    algo: NAME, or leave it out"),
+        ({"algo": []}, "my.yaml: algo is given nothing"),
+        ({"reward": []}, "my.yaml: reward is given nothing"),
+        ({"mem": ",, "}, "my.yaml: mem is given nothing"),
+        ({"mem": ["lora", ""]}, "my.yaml: mem is given nothing"),
+        ({"model": ""}, "my.yaml: model is given nothing\n    model: PATH, or leave it out"),
+        ({"model": " "}, "my.yaml: model is given nothing"),
+        ({"data": ""}, "my.yaml: data is given nothing\n    data: PATH, or leave it out"),
+        ({"data": []}, "my.yaml: data is given nothing"),
+        ({"data": ["a.jsonl", ""]}, "my.yaml: data is given nothing"),
+        ({"eval-data": ""}, "my.yaml: eval_data is given nothing"),
+        ({"ptx_data": [""]}, "my.yaml: ptx_data is given nothing"),
+        ({"roles": 0}, "my.yaml: roles must map a role to its choices"),
+        ({"roles": []}, "my.yaml: roles must map a role to its choices"),
+        ({"roles": {"reward": {"model": ""}}}, "my.yaml: roles: reward: model is given nothing"),
+        ({"reward": {"name": "model", "label": None}}, "my.yaml: reward: model: the label None is no word"),
+        ({"reward": {"name": "model", "label": ""}}, "my.yaml: reward: model: the label '' is no word"),
+        ({"reward": {"name": "model", "label": True}}, "my.yaml: reward: model: the label True is no word"),
+    ],
+)
+def test_what_is_given_nothing_does_not_mean_what_leaving_it_out_does(content: dict[str, Any], what: str) -> None:
+    (told,) = refused(content)
+    assert told.startswith(what)
+
+
+def test_none_at_all_is_said_by_an_empty_list_where_that_is_a_choice() -> None:
+    """As a run's own recipe.yaml has it."""
+    content = {"mem": [], "track": [], "eval_data": [], "ptx_data": [], "roles": {"value": {"mem": []}}, "model": None}
+    recipe = from_mapping(content, "r")
+    assert recipe.picks == {"mem": (), "track": ()}
+    assert (recipe.eval_data, recipe.ptx_data, recipe.model) == ((), (), None)
+    assert recipe.roles == {"value": RoleRecipe(None, ())}
+    assert from_mapping({"reward": {"name": "model", "label": 2}}, "r").picks["reward"][0].label == "2"
+
+
+@pytest.mark.parametrize(
     ("text", "what"),
     [
         (None, "there is no such recipe file"),

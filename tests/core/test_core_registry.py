@@ -112,9 +112,18 @@ def test_a_new_distribution_is_found_at_once(site: Site, installed: Registry) ->
             HEAD + "@hookimpl\ndef rlhf_memory(): yield MemoryEntry(name=None, summary='', impl='a:B', phase='load')",
             "the entry None is malformed",
         ),
+        ("import asyncio\nraise asyncio.CancelledError", "failed: CancelledError"),
+        (HEAD + "def __getattr__(name): raise SystemExit(0)", "SystemExit: 0"),
+        (HEAD + "def __getattr__(name): 1 / 0", "ZeroDivisionError"),
+        (HEAD + "@hookimpl\ndef rlhf_memory(): raise SystemExit(0)", "rlhf_memory failed: SystemExit: 0"),
         (
-            HEAD + "@hookimpl\ndef rlhf_policies(): yield PolicyEntry(name='x', summary='', impl='a:B', modules=['m'])",
-            "the entry 'x' is malformed",
+            HEAD + "import asyncio\n@hookimpl\ndef rlhf_memory():\n    yield from ()\n    raise asyncio.CancelledError",
+            "rlhf_memory failed: CancelledError",
+        ),
+        (
+            HEAD + "@hookimpl\ndef rlhf_starters(): yield StarterEntry(name='x', summary='', data_type=int, model='m', "
+            "data='d', eval_data='e', with_model=7)",
+            "rlhf_starters: the starter 'x' is malformed: with_model must be Mapping[str, Any], not 7",
         ),
     ],
 )
@@ -151,7 +160,32 @@ def test_a_plugin_for_another_api_version_is_told_so_before_its_hooks_are_looked
         ("PolicyEntry(name='none', summary='s', impl='a:B')", "'none' is no legal name: it stands for no component"),
         ("PolicyEntry(name='x', summary='s', impl='a.b')", "impl must read 'module:Class', not 'a.b'"),
         ("PolicyEntry(name='x', summary='s', impl='a:B', config=dict)", "config must be an attrs class"),
-        ("PolicyEntry(name='x', summary='s', impl='a:B', rank='high')", "rank must be an int, not 'high'"),
+        ("PolicyEntry(name='x', summary='s', impl='a:B', rank='high')", "rank must be int, not 'high'"),
+        ("PolicyEntry(name='x', summary=None, impl='a:B')", "summary must be str, not None"),
+        ("PolicyEntry(name='x', summary='s', impl=3)", "impl must be str, not 3"),
+        (
+            "PolicyEntry(name='x', summary='s', impl='a:B', modules=['m'])",
+            "modules must be Mapping[str, str], not ['m']",
+        ),
+        (
+            "PolicyEntry(name='x', summary='s', impl='a:B', defaults=None)",
+            "defaults must be Mapping[str, Any], not None",
+        ),
+        (
+            "PolicyEntry(name='x', summary='s', impl='a:B', defaults={1: 2})",
+            "defaults must be Mapping[str, Any], not {1",
+        ),
+        ("PolicyEntry(name='x', summary='s', impl='a:B', requires={1})", "requires must be frozenset[str], not"),
+        (
+            "PolicyEntry(name='x', summary='s', impl='a:B', constraints=len)",
+            "constraints must be tuple[Constraint, ...]",
+        ),
+        ("PolicyEntry(name='x', summary='s', impl='a:B', notes=(3,))", "notes must be tuple[Note, ...], not (3,)"),
+        ("PolicyEntry(name='x', summary='s', impl='a:B', roles='value')", "roles must be Roles, not 'value'"),
+        (
+            "PolicyEntry(name='x', summary='s', impl='a:B', footprint=3)",
+            "footprint must be PolicyFootprint | None, not 3",
+        ),
         ("PolicyEntry(name='x', summary='s', impl='a:B', api_version=99)", "made for plugin API 99, this is 1"),
         (
             "PolicyEntry(name='x', summary='s', impl='a:B', config=attrs.make_class('C', ['name']))",
@@ -178,6 +212,47 @@ def test_an_ill_made_entry_is_fatal_only_when_it_is_asked_for(
     assert "from fake-bad" in found.what
     assert offer.name not in [entry.name for entry in registry.entries("policy")]
     assert unharmed(registry, installed)
+
+
+@pytest.mark.parametrize(
+    ("hook", "entry", "reason"),
+    [
+        ("memory", "MemoryEntry(slot=3, rank=1, phase='load', ", "slot must be str, not 3"),
+        ("memory", "MemoryEntry(phase='nope', ", "phase must be Literal['load', 'adapt', 'wrap', 'shard'], not 'nope'"),
+        ("formats", "FormatEntry(suffixes=None, ", "suffixes must be tuple[str, ...], not None"),
+        ("formats", "FormatEntry(suffixes='.txt', ", "suffixes must be tuple[str, ...], not '.txt'"),
+        ("algorithms", "AlgorithmEntry(data='rows', ", "data must be type | None, not 'rows'"),
+        (
+            "algorithms",
+            "AlgorithmEntry(data=int, objective=('loss', 'down'), ",
+            "objective must be tuple[str, Literal[",
+        ),
+        ("rewards", "RewardEntry(columns=7, ", "columns must be tuple[str, ...] | Callable"),
+    ],
+)
+def test_a_field_of_another_type_than_its_kinds_has(site: Site, hook: str, entry: str, reason: str) -> None:
+    made = f"{entry}name='fake-ill', summary='s', impl='a:B')"
+    site.install("fake-bad", HEAD + f"@hookimpl\ndef rlhf_{hook}():\n    yield {made}\n")
+    registry = registries.load()
+    (offer,) = of(registry, "fake-bad")
+    assert (offer.name, offer.status) == ("fake-ill", "failed")
+    assert offer.reason.startswith(reason)
+    assert offer.reason in warned(registry, "fake-bad")
+
+
+def test_a_list_does_for_a_tuple(site: Site) -> None:
+    site.install(
+        "fake-good", GOOD.replace("phase='load'", "phase='load', notes=[], eases=['x']").format(name="fake-mem")
+    )
+    assert [offer.status for offer in of(registries.load(), "fake-good")] == ["ok"]
+
+
+@pytest.mark.parametrize("stop", ["KeyboardInterrupt", "GeneratorExit"])
+def test_who_stops_the_command_stops_it(site: Site, stop: str) -> None:
+    site.install("fake-slow", HEAD + f"@hookimpl\ndef rlhf_memory(): raise {stop}")
+    with pytest.raises(BaseException) as caught:
+        registries.load()
+    assert caught.type.__name__ == stop
 
 
 def test_an_algorithm_that_neither_samples_nor_names_rows_is_told_so(site: Site, installed: Registry) -> None:

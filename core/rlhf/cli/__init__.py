@@ -52,6 +52,26 @@ class _Lazy(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
 
 
+class Command(click.Command):
+    """A command that refuses what is given nothing, such as of a shell variable that is not set: that would mean what
+    leaving it out does, or the current folder."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        problems = []
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name or "")
+            if "" in (value if isinstance(value, tuple) else (value,)):
+                flag = isinstance(parameter, click.Option)
+                name = parameter.opts[0] if flag else (parameter.metavar or "").strip("[]")
+                fix = f"{name} VALUE" if flag else "give it a value"
+                problems.append(
+                    Problem(f"{name} is given nothing", fix + ("" if parameter.required else ", or leave it out"))
+                )
+        if problems:
+            raise RequestError(problems)
+        return super().invoke(ctx)
+
+
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rlhf")
 def cli() -> None:

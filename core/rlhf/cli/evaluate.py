@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlhf.cli import say
+from rlhf.cli import Command, say
 from rlhf.cli.plan import planned
 from rlhf.cli.run import settle
 from rlhf.errors import Problem, RequestError
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from rlhf.rundir import RunDirectory
 
 
-@click.command("eval")
-@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.command("eval", cls=Command)
+@click.argument("source", metavar="RUN_DIR")
 @click.option("--data", metavar="PATH", multiple=True, help="held-out data; left out, the run's own")
 @click.option("--rows", type=click.IntRange(min=1), help="at most so many rows; left out, the run's own limit")
 @click.option("--checkpoint", help="a checkpoint's name, such as step-000100, or 'best'; left out, the last")
 @click.option("--json", "as_json", is_flag=True, help="print as JSON")
-def evaluate(run_dir: Path, data: tuple[str, ...], rows: int | None, checkpoint: str | None, as_json: bool) -> None:
+def evaluate(source: str, data: tuple[str, ...], rows: int | None, checkpoint: str | None, as_json: bool) -> None:
     """Held-out scores of a run's model, by the run's own measure: rewards of samples online, loss offline."""
     settle()
+    run_dir = Path(source)
     from rlhf.assemble import assemble
     from rlhf.heldout import evaluate as measure
     from rlhf.models import weight_stream

@@ -15,7 +15,7 @@ import attrs
 import click
 
 from rlhf import facts
-from rlhf.cli import say
+from rlhf.cli import Command, say
 from rlhf.cli.evaluate import saved_state
 from rlhf.cli.plan import planned
 from rlhf.cli.run import settle
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _TYPES = ("float32", "bfloat16", "float16")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", metavar="RUN_DIR|MODEL")
 @click.option("--output", metavar="FOLDER", required=True, help="where to; must not be there yet")
 @click.option("--role", metavar="ROLE", help="of a run, which trained model; left out, the policy")

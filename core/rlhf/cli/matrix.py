@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from rlhf import facts
+from rlhf.cli import Command
 from rlhf.cli.plan import warned
 from rlhf.errors import RequestError
 from rlhf.legality_table import AXES, Cell, Wanted, table, unknown
@@ -15,7 +16,7 @@ from rlhf.place import here
 from rlhf.registry import Registry
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--algo", metavar="NAME", multiple=True, help="only this algorithm; may be repeated, as all of these")
 @click.option("--engine", metavar="NAME", multiple=True, help="only this rollout engine")
 @click.option("--mem", metavar="NAME,...", multiple=True, help="only these memory strategies, together")

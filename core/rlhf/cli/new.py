@@ -15,7 +15,7 @@ import attrs
 import click
 
 from rlhf import API_VERSION, api
-from rlhf.cli import say
+from rlhf.cli import Command, say
 from rlhf.entries import KINDS, NONE
 from rlhf.errors import Problem, RequestError
 from rlhf.options import nearest
@@ -59,7 +59,7 @@ def new() -> None:
     """
 
 
-@new.command()
+@new.command(cls=Command)
 @click.argument("name", metavar="NAME")
 @click.option("--kind", metavar="KIND", required=True, help=f"of the component: {', '.join(KINDS)}")
 @click.option("--output", metavar="DIR", help="where to; must not be there yet; left out, rlhf-NAME")

@@ -10,11 +10,11 @@ import click
 import yaml
 
 from rlhf import library
-from rlhf.cli import say
+from rlhf.cli import Command, say
 from rlhf.cli.run import settle
 from rlhf.errors import Problem, RequestError
 from rlhf.place import here
-from rlhf.recipe import read_yaml
+from rlhf.recipe import key_of, read_yaml
 from rlhf.registry import loaded
 
 
@@ -25,7 +25,7 @@ def _list(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE.yaml|NAME")
 @click.option(
     "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="list the shipped recipes"
@@ -37,10 +37,10 @@ def _list(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
     multiple=True,
     help="set a key, such as model=PATH or sft.data=FILE",
 )
-@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="left out, runs/NAME-DATE-TIME")
+@click.option("--output", metavar="DIR", help="left out, runs/NAME-DATE-TIME")
 @click.option("--resume", is_flag=True, help="go on inside a stage that was interrupted")
 @click.option("--dry-run", is_flag=True, help="check every stage, print the pipeline as YAML, and do nothing")
-def pipeline(recipe_file: str, settings: tuple[str, ...], output: Path | None, resume: bool, dry_run: bool) -> int:
+def pipeline(recipe_file: str, settings: tuple[str, ...], output: str | None, resume: bool, dry_run: bool) -> int:
     """Run the stages of a recipe, a file or one that is shipped, each a run of its own in DIR/STAGE, outputs feeding
     inputs.
 
@@ -65,7 +65,7 @@ def pipeline(recipe_file: str, settings: tuple[str, ...], output: Path | None, r
         click.echo(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), nl=False)
         return 0
     settle()
-    place = output or Path("runs") / f"{Path(recipe_file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    place = Path(output) if output else Path("runs") / f"{Path(recipe_file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     results = carry_out(stages, place, resume, say)
     for result in results:
         click.echo(_line(result))
@@ -75,7 +75,7 @@ def pipeline(recipe_file: str, settings: tuple[str, ...], output: Path | None, r
 def _set(content: dict[str, Any], setting: str) -> None:
     path, sign, value = setting.partition("=")
     keys = path.split(".")
-    if not sign or not all(keys):
+    if not (sign and value and all(keys)):
         raise RequestError(Problem(f"--set {setting}: must read PATH=VALUE", "--set sft.data=FILE"))
     stages = content.get("stages")
     place: Any = content
@@ -87,6 +87,8 @@ def _set(content: dict[str, Any], setting: str) -> None:
             inner = {"name": inner}
         place[key] = inner if isinstance(inner, dict) else {}
         place = place[key]
+    for key in [key for key in place if key_of(key) == key_of(keys[-1])]:  # what it takes the place of, however spelt
+        keys[-1] = key
     try:  # @STAGE is no YAML by itself
         place[keys[-1]] = value if value.startswith("@") else yaml.safe_load(value)
     except yaml.YAMLError as error:

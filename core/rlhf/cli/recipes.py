@@ -11,6 +11,7 @@ import attrs
 import click
 
 from rlhf import options, recipe
+from rlhf.cli import Command
 from rlhf.compose import Chosen, chosen_by
 from rlhf.entries import KINDS, MANY, Entry, Times, address
 from rlhf.errors import Problem, RequestError
@@ -31,7 +32,7 @@ _KIND_HELP = {
 }
 
 
-class RecipeCommand(click.Command):
+class RecipeCommand(Command):
     """A command whose `--KIND.FIELD` options depend on the components chosen."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -55,13 +55,14 @@ def memory_size(text: str) -> int | Problem:
     return size
 
 
-def device_named(name: str) -> Nominal | Problem | None:
-    """A device by name; None for the CPU."""
-    if name.lower() == "cpu":
-        return None
-    found = DEVICES.get(name.lower().replace(" ", "").replace("-", ""))
-    if found is not None:
-        return found
+def device_named(name: str) -> str | Problem:
+    """The device that a name means, of `DEVICES` or "cpu". Its end does, where no other has that: 4090 is rtx4090."""
+    plain = name.lower().replace(" ", "").replace("-", "")
+    if plain in DEVICES or plain == "cpu":
+        return plain
+    ended = [known for known in DEVICES if len(plain) > 2 and known.endswith(plain)]
+    if len(ended) == 1:
+        return ended[0]
     near = nearest(name, (*DEVICES, "cpu"))
     hint = f"did you mean {near}? " if near else ""
     return Problem(f"--device {name}: isn't known", f"{hint}known: {', '.join(DEVICES)}, cpu; or give --device-memory")
@@ -72,12 +73,13 @@ def planned_machine(machine: Machine, device: str | None, memory: int | None, ra
     if device is None and memory is None:
         return machine
     if device is not None:
-        nominal = device_named(device)
-        if isinstance(nominal, Problem):
-            return nominal
-        if nominal is None:
+        name = device_named(device)
+        if isinstance(name, Problem):
+            return name
+        if name == "cpu":
             return attrs.evolve(machine, gpus=(), memory_bytes=memory or machine.memory_bytes, unused="")
-        gpu = Gpu(device.lower(), memory or nominal.memory_gib * GIB, nominal.capability)
+        nominal = DEVICES[name]
+        gpu = Gpu(name, memory or nominal.memory_gib * GIB, nominal.capability)
     else:
         gpu = Gpu("a GPU", memory or 0, (8, 0))
     return attrs.evolve(machine, gpus=(gpu,) * max(1, ranks), unused="")

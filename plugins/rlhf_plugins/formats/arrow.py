@@ -13,25 +13,14 @@ from typing import Any
 
 from rlhf.api import Problem, RequestError
 from rlhf_plugins.formats import SUFFIXES
-from rlhf_plugins.formats.text_files import Csv, Json, JsonLines, RowFormat, a_file, pick_split
+from rlhf_plugins.formats.text_files import SPLIT_WORDS, Csv, Json, JsonLines, RowFormat, a_file, pick_split
 
 _BATCH = 1024
 """Rows decoded at once: enough to make the call's cost nothing, few enough for long texts."""
 
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
-"""Words in a file's path that say its split, as the hub has it; a file without any is of train.
-Source: https://huggingface.co/docs/hub/datasets-file-names-and-splits"""
+_UNREAD = (".zst", ".bz2", ".xz", ".lz4", ".gz", ".zip", ".7z", ".tar", ".tgz", ".arrow", ".feather", ".orc", ".avro",
+           ".xlsx")  # fmt: skip
+"""Endings of files that hold rows, or may, and that nothing here reads."""
 
 
 class Parquet(RowFormat):
@@ -44,6 +33,9 @@ class Parquet(RowFormat):
         place = a_file(path)
         try:
             with parquet.ParquetFile(place) as file:
+                names = file.schema_arrow.names
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise RequestError(Problem(f"{path} has the columns {', '.join(map(repr, twice))} twice"))
                 number = 0
                 for batch in file.iter_batches(_BATCH):
                     for row in batch.to_pylist():
@@ -59,6 +51,8 @@ class HuggingFace(RowFormat):
     A hub data set is named ORG/NAME, ORG/NAME:CONFIG or ORG/NAME:CONFIG:SPLIT; a split in the name goes before the
     option, so that `--data` and `--eval-data` may be splits of one data set.
     """
+
+    has_splits = True
 
     def rows(self, path: str) -> Iterator[tuple[str, Any]]:
         place = Path(path).expanduser()
@@ -86,20 +80,27 @@ class HuggingFace(RowFormat):
     def _files(self, path: str, place: Path) -> Iterator[tuple[str, Any]]:
         readers: dict[str, type[RowFormat]] = {"json": Json, "jsonl": JsonLines, "csv": Csv, "parquet": Parquet}
         suffixes = {suffix: readers[name] for name in readers for suffix in SUFFIXES[name]}
-        splits: dict[str, list[tuple[Path, type[RowFormat]]]] = {}
+        splits: dict[str, list[tuple[Path, type[RowFormat] | None]]] = {}
         for file in sorted(place.rglob("*")):
             inside = file.relative_to(place)
             reader = next((r for suffix, r in suffixes.items() if file.name.lower().endswith(suffix)), None)
-            if reader is not None and file.is_file() and not any(part.startswith(".") for part in inside.parts):
+            unread = reader is None and file.name.lower().endswith(_UNREAD)
+            if (reader or unread) and file.is_file() and not any(part.startswith(".") for part in inside.parts):
                 words = re.split("[^a-z]+", inside.as_posix().lower())
-                split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
+                split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
                 splits.setdefault(split, []).append((file, reader))
         if not splits:
             raise RequestError(
                 Problem(f"{path}: the folder holds no data files", f"files that are read: {', '.join(suffixes)}")
             )
-        for file, reader in pick_split(path, splits, self.config.split)[1]:
-            yield from reader(self.config, self.context).rows(str(file))
+        files = pick_split(path, splits, self.config.split)[1]
+        if unreadable := [file.relative_to(place).as_posix() for file, reader in files if reader is None]:
+            what = f"{path}: these can't be read: {', '.join(unreadable)}"
+            fix = f"unpack them, or take them out of the folder; files that are read: {', '.join(suffixes)}"
+            raise RequestError(Problem(what, fix))
+        for file, reader in files:
+            if reader is not None:
+                yield from reader(self.config, self.context).rows(str(file))
 
     def _hub(self, path: str) -> Iterator[tuple[str, Any]]:
         import datasets

@@ -43,7 +43,7 @@ CHAT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conve
 """Columns that may hold a list of objects and be part of a row."""
 
 _SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
-_NUMBERS = ("margin", *(name for pair in _SCORES for name in pair))
+_NUMBERS = ("margin", "reward", *(name for pair in _SCORES for name in pair))
 _READ = frozenset({*CHAT_COLUMNS, *_NUMBERS, "text", "label", "answer", "question", "instruction", "input", "output"})
 
 

@@ -22,12 +22,29 @@ from rlhf_plugins.formats.template import columns_of, fill
 T = TypeVar("T")
 _BOM = "\ufeff"
 
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+"""Words in a file's path, or a name, that say its split, as the hub has it; a file without any is of train.
+Source: https://huggingface.co/docs/hub/datasets-file-names-and-splits"""
+
 
 class RowFormat(Format):
     """What every format here does with a row, however it was read."""
 
     text_only = False
     """The file knows no types, so labels and scores come as text."""
+    has_splits = False
+    """What is read may be of several splits; of one, it is known once its first row is."""
 
     def rows(self, path: str) -> Iterator[tuple[str, Any]]:
         """(where, columns of the row, or a RowError) for each row.
@@ -41,11 +58,18 @@ class RowFormat(Format):
         """(where, record) for each row, or (where, RowError) for one whose shape is clear but broken.
 
         Raises:
-            RequestError: the file can't be read or parsed, holds no rows, or lacks a column that an option names.
+            RequestError: the file can't be read or parsed, holds no rows, lacks a column that an option names, or has
+                no splits to choose from.
         """
         checked = False
         where = ""
         for where, row in itertools.islice(self.rows(path), self.config.limit):
+            if self.config.split is not None and not self.has_splits:
+                what = f"--format.split {self.config.split}: {path} has no splits, so that all of it would be read"
+                fix = (
+                    "leave it out; where other data needs it, give that by its file's path, or as ORG/NAME:CONFIG:SPLIT"
+                )
+                raise RequestError(Problem(what, fix))
             if isinstance(row, RowError):
                 yield where, row
             elif not isinstance(row, Mapping):
@@ -104,17 +128,22 @@ class Json(RowFormat):
 
     def rows(self, path: str) -> Iterator[tuple[str, Any]]:
         text = b"".join(read_lines(path))
-        document = _parse(text, path, "if it is JSON Lines, a row a line: --format jsonl")
+        try:
+            document = _parse(text, path, "if it is JSON Lines, a row a line: --format jsonl")
+        except RowError as error:
+            raise RequestError(Problem(f"{path}: {error}")) from None
         found, where = document, path
         if isinstance(document, dict):
-            lists = {
-                key: value
-                for key, value in document.items()
-                if isinstance(value, list) and value and isinstance(value[0], dict) and key not in CHAT_COLUMNS
-            }
-            if lists:
-                key, found = pick_split(path, lists, self.config.split)
+            lists = {k: v for k, v in document.items() if isinstance(v, list) and k not in CHAT_COLUMNS}
+            tables = {k: v for k, v in lists.items() if v and isinstance(v[0], dict)}
+            if tables:
+                self.has_splits = True
+                # Where one is called a split, all are, those without rows too: else the test's would be learnt from.
+                splits = lists if any(name.lower() in SPLIT_WORDS for name in lists) else tables
+                key, found = pick_split(path, splits, self.config.split)
                 where = f"{path}[{key}]"
+                if not found:
+                    raise RequestError(Problem(f"{where} holds no rows", _others(splits, key)))
         if not isinstance(found, list):
             keys = f" with the keys {', '.join(itertools.islice(document, 8))}" if isinstance(document, dict) else ""
             raise RequestError(
@@ -135,8 +164,12 @@ class JsonLines(RowFormat):
         for number, line in enumerate(read_lines(path), 1):
             if line.strip():
                 where = f"{path}:{number}"
-                row = _parse(line, where, "if the whole file is one JSON document: --format json")
-                yield where, _checked(row) if _may_hold_surrogates(line) else row
+                try:
+                    row = _parse(line, where, "if the whole file is one JSON document: --format json")
+                except RowError as error:
+                    yield where, error
+                else:
+                    yield where, _checked(row) if _may_hold_surrogates(line) else row
 
 
 class Csv(RowFormat):
@@ -213,11 +246,15 @@ def pick_split(path: str, splits: Mapping[str, T], wanted: str | None) -> tuple[
     Raises:
         RequestError: it isn't there, or it isn't clear which is meant.
     """
-    name = wanted or (next(iter(splits)) if len(splits) == 1 else "train")
+    name = wanted if wanted is not None else next(iter(splits)) if len(splits) == 1 else "train"
     if name in splits:
         return name, splits[name]
-    what = f"no {wanted!r}" if wanted else "several splits and no 'train'"
-    raise RequestError(Problem(f"{path} has {what}", f"--format.split, one of: {', '.join(splits)}"))
+    what = f"no {wanted!r}" if wanted is not None else "several splits and no 'train'"
+    raise RequestError(Problem(f"{path} has {what}", _others(splits)))
+
+
+def _others(splits: Mapping[str, Any], but: str | None = None) -> str:
+    return f"--format.split, one of: {', '.join(name for name in splits if name != but)}"
 
 
 def _decode(line: bytes, where: str) -> str:
@@ -232,15 +269,31 @@ def _decode(line: bytes, where: str) -> str:
         ) from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object each of whose keys is given once; by itself the last would win without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"gives the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
 def _parse(content: bytes, where: str, hint: str) -> Any:
+    """
+    Raises:
+        RequestError: it is no JSON.
+        RowError: an object in it gives a key twice.
+    """
     text = _decode(content, where).removeprefix(_BOM)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.rstrip("\n") else ""
         raise RequestError(Problem(f"{where}: not JSON: {error.msg} at {line}column {error.colno}", hint)) from None
     except RecursionError:
         raise RequestError(Problem(f"{where}: JSON nested too deep to read")) from None
+    except RowError:
+        raise
     except ValueError as error:  # an integer of more digits than Python converts
         raise RequestError(Problem(f"{where}: {error}")) from None
 

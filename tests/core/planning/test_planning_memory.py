@@ -404,6 +404,22 @@ def test_devices_by_name(machine: Machine) -> None:
     assert planned_machine(machine, None, None, 4) is machine
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"), [("4090", "rtx4090"), ("RTX 3090", "rtx3090"), ("40S", "l40s"), ("CPU", "cpu")]
+)
+def test_a_device_by_the_end_of_its_name(machine: Machine, given: str, meant: str) -> None:
+    assert device_named(given) == meant
+    made = planned_machine(machine, given, None, 1)
+    assert isinstance(made, Machine)
+    assert [gpu.name for gpu in made.gpus] == ([] if meant == "cpu" else [meant])
+
+
+@pytest.mark.parametrize("given", ["100", "90", "l40", "s", "", "5090"])
+def test_an_end_that_several_have_or_none_is_no_device(given: str) -> None:
+    wrong = device_named(given)
+    assert isinstance(wrong, Problem) and "known: v100, " in wrong.fix
+
+
 def test_nominal_peaks_say_where_they_are_from(machine: Machine) -> None:
     peaks, why = nominal_peaks(attrs.evolve(machine, gpus=(Gpu("NVIDIA H100 80GB HBM3", 1, (9, 0)),)))
     assert (peaks.flops["bfloat16"], peaks.bandwidth, why) == (989e12, 3.35e12, "nominal peaks of h100")

@@ -87,6 +87,21 @@ def test_parquet_of_bytes_that_are_no_text(tmp_path: Path) -> None:
         read(Parquet, path)
 
 
+def test_parquet_of_two_columns_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array([text]) for text in "abc"]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["prompt", "answer", "prompt"]), path)
+    with pytest.raises(RequestError, match="has the columns 'prompt' twice"):
+        read(Parquet, path)
+
+
+def test_parquet_has_no_splits(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    with pytest.raises(RequestError, match=r"--format\.split test: .*has no splits"):
+        read(Parquet, path, split="test")
+
+
 def test_parquet_without_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), path)
@@ -156,6 +171,20 @@ def test_a_folder_of_splits_by_name(tmp_path: Path) -> None:
     assert records(HuggingFace, tmp_path) == ROWS
     assert records(HuggingFace, tmp_path, split="test") == ROWS[:1]
     assert records(HuggingFace, tmp_path, split="validation") == ROWS[1:]
+
+
+def test_a_folder_with_files_that_cannot_be_read(tmp_path: Path) -> None:
+    folder(tmp_path, {"train-0.jsonl": ROWS, "test.jsonl": ROWS[:1]})
+    (tmp_path / "LICENSE").write_text("no data")
+    (tmp_path / "train-1.jsonl.zst").write_bytes(b"x")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "train-3.JSONL.BZ2").write_bytes(b"x")
+    with pytest.raises(RequestError) as caught:
+        read(HuggingFace, tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.what == f"{tmp_path}: these can't be read: deep/train-3.JSONL.BZ2, train-1.jsonl.zst"
+    assert problem.fix.startswith("unpack them, or take them out of the folder; files that are read: .json, ")
+    assert records(HuggingFace, tmp_path, split="test") == ROWS[:1]  # which has none
 
 
 def test_a_folder_of_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.api import Context, RequestError, RowError
+from rlhf.api import Context, RequestError, RewardedRow, RowError
 from rlhf_plugins.formats import FormatConfig
 from rlhf_plugins.formats.text_files import Csv, Json, JsonLines, RowFormat
 
@@ -75,6 +75,46 @@ def test_json_object_of_several_lists_takes_train_or_what_is_asked(write: Write)
         read(Json, path)
 
 
+@pytest.mark.parametrize(
+    ("document", "split", "message"),
+    [
+        ({"train": [], "test": ROWS}, None, r"a\.json\[train\] holds no rows\n.*--format\.split, one of: test$"),
+        ({"data": [1, 2], "test": ROWS}, None, r"several splits and no 'train'\n.*one of: data, test"),
+        ({"Test": ROWS, "tags": []}, None, r"several splits and no 'train'"),
+        ({"train": [1], "test": ROWS}, None, r"a\.json\[train\], row 1 is a number, not an object"),
+        ({"train": ROWS}, "", r"has no ''\n.*one of: train"),
+    ],
+)
+def test_another_split_is_not_learnt_from_where_train_has_no_rows(
+    write: Write, document: dict[str, Any], split: str | None, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        read(Json, write("a.json", json.dumps(document)), split=split)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        (Json, "a.json", json.dumps(ROWS)),
+        (JsonLines, "a.jsonl", lines(ROWS)),
+        (Csv, "a.csv", "prompt,answer\n2+2?,4\n"),
+    ],
+)
+def test_a_split_of_what_has_none_is_refused(write: Write, kind: type[RowFormat], name: str, content: str) -> None:
+    with pytest.raises(RequestError, match=rf"--format\.split test: .*{name} has no splits.*\n.*leave it out"):
+        read(kind, write(name, content), split="test")
+
+
+def test_a_key_given_twice_refuses_the_row_or_the_document(write: Write) -> None:
+    twice = '{"prompt": "a", "prompt": "b"}\n'
+    found = read(JsonLines, write("a.jsonl", twice + '{"prompt": "c", "more": {"x": 1, "x": 2}}\n' + lines(ROWS)))
+    assert [str(row) for _, row in found[:2]] == ["gives the key 'prompt' twice", "gives the key 'x' twice"]
+    assert all(isinstance(row, RowError) for _, row in found[:2])
+    assert [row for _, row in found[2:]] == ROWS
+    with pytest.raises(RequestError, match=r"a\.json: gives the key 'prompt' twice"):
+        read(Json, write("a.json", f"[{twice}]"))
+
+
 def test_a_single_row_is_not_taken_for_a_file_of_its_messages(write: Write) -> None:
     path = write("a.json", json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     with pytest.raises(RequestError, match="holds an object with the keys messages, not rows"):
@@ -97,6 +137,15 @@ def test_csv_reads_labels_and_margins(write: Write) -> None:
     assert labels == [True, False, "maybe", None]
     path = write("b.csv", "prompt,chosen,rejected,chosen_score,rejected_score\np,a,b,2.5,1\n")
     assert records(Csv, path)[0]["margin"] == 1.5
+
+
+def test_csv_reads_rewards(write: Write) -> None:
+    path = write("a.csv", "prompt,completion,reward\np,c,0.5\np,c,-1\np,c,much\np,c,\n")
+    found = records(Csv, path)
+    assert [record.get("reward") for record in found] == [0.5, -1.0, "much", None]
+    assert RewardedRow.from_record(found[0]).reward == 0.5
+    with pytest.raises(RowError, match="'reward' must be a finite number, not 'much'"):
+        RewardedRow.from_record(found[2])
 
 
 def test_csv_takes_long_texts(write: Write) -> None:
