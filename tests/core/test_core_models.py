@@ -149,7 +149,7 @@ def test_fake_ranks_divide_by_the_counts_of_the_whole_step(separate: Parts) -> N
     values = [torch.randn(n, dtype=torch.float64) for n in lengths]
 
     class Mean:
-        unit = "sequence"
+        unit, mixes = "sequence", True
         prepare = Algorithm.prepare
 
         def loss(self, batch: Batch, score: Any) -> Tensor:
