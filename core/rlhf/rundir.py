@@ -18,7 +18,7 @@ import yaml
 
 from rlhf import __version__, hub
 from rlhf.errors import Problem, RequestError
-from rlhf.files import write_atomic
+from rlhf.files import cannot_be_written, write_atomic
 from rlhf.options import typed
 from rlhf.plan import Plan
 from rlhf.planning.prediction import written
@@ -69,9 +69,17 @@ class RunDirectory:
         Raises:
             RequestError: it holds another run, or something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RequestError(Problem(f"--output {self.path}: is a file", "give a folder"))
-        if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} <= _BEFORE_PLAN:
+        try:
+            there = {entry.name for entry in self.path.iterdir()}
+        except FileNotFoundError:
+            if not self.path.is_symlink():  # one to nothing is something
+                return
+            raise RequestError(Problem(f"--output {self.path}: is a link to nothing", "give a folder")) from None
+        except OSError as error:
+            if self.path.is_file():
+                raise RequestError(Problem(f"--output {self.path}: is a file", "give a folder")) from error
+            raise cannot_be_written(self.path, error) from error
+        if there <= _BEFORE_PLAN:
             return
         if not (self.path / "plan.json").is_file():
             raise RequestError(Problem(f"--output {self.path}: holds something that is no run", "give another folder"))
@@ -114,7 +122,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise RequestError(Problem(f"--output {self.path}: cannot be written: {error.strerror}")) from error
+            raise cannot_be_written(self.path, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
