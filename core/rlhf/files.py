@@ -82,7 +82,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         # By its name: safetensors has an error of its own for this, and isn't imported for it.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise RunError(f"{path}: cannot be written: {error}") from error
+            raise RunError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
         raise
 
 

@@ -27,7 +27,7 @@ from rlhf import facts
 from rlhf.compose import compose
 from rlhf.errors import Interrupted, Problem, RequestError, RunError
 from rlhf.facts import ModelFacts
-from rlhf.files import cannot_be_written, write_atomic
+from rlhf.files import cannot_be_written, write_atomic, writing
 from rlhf.options import nearest
 from rlhf.plan import plain
 from rlhf.recipe import from_mapping
@@ -158,11 +158,13 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
             say(f"stage {number}/{len(stages)} {stage.name}")
             recipe = output / _RECIPES / f"{stage.name}.yaml"
             text = yaml.safe_dump(plain(_replaced(stage.recipe, models)), sort_keys=False, allow_unicode=True)
-            write_atomic(recipe, text)
+            with writing(recipe):
+                write_atomic(recipe, text)
             _run(stage.name, [str(recipe), "--output", str(directory.path), *(["--resume"] if resume else [])])
             summary = directory.summary() or {}
         results.append({"stage": stage.name, **summary})
-        write_atomic(output / "pipeline.json", json.dumps(results, indent=1) + "\n")
+        with writing(output):
+            write_atomic(output / "pipeline.json", json.dumps(results, indent=1) + "\n")
     return results
 
 

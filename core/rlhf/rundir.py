@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -18,7 +19,7 @@ import yaml
 
 from rlhf import __version__, hub
 from rlhf.errors import Problem, RequestError
-from rlhf.files import cannot_be_written, write_atomic
+from rlhf.files import cannot_be_written, write_atomic, writing
 from rlhf.options import typed
 from rlhf.plan import Plan
 from rlhf.planning.prediction import written
@@ -76,7 +77,7 @@ class RunDirectory:
                 return
             raise RequestError(Problem(f"--output {self.path}: is a link to nothing", "give a folder")) from None
         except OSError as error:
-            if self.path.is_file():
+            if os.path.isfile(self.path):  # not its own is_file, to which a name can be too long
                 raise RequestError(Problem(f"--output {self.path}: is a file", "give a folder")) from error
             raise cannot_be_written(self.path, error) from error
         if there <= _BEFORE_PLAN:
@@ -213,11 +214,13 @@ class RunDirectory:
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         # What UTF-8 can't hold, such as half a surrogate pair, becomes the JSON escape that it is.
-        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
+        path = self.path / name
+        with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        with writing(self.path / name):
+            write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 class Onlooker(RunDirectory):

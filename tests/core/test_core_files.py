@@ -40,13 +40,13 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").stat().st_mode == plain.stat().st_mode
     with pytest.raises(ValueError, match="broke"), new_folder(tmp_path / "c"):
         raise ValueError("broke")
-    with pytest.raises(RequestError, match="cannot be written: Not a directory"), new_folder(tmp_path / "a/b/x/y"):
+    with pytest.raises(RequestError, match="x/y: cannot be written: File exists"), new_folder(tmp_path / "a/b/x/y"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "plain"]
 
 
 def test_only_what_cannot_be_written_is_the_runs_trouble(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"x: cannot be written: .*No space left"), writing(tmp_path / "x"):
+    with pytest.raises(RunError, match=r"x: cannot be written: No space left"), writing(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     with pytest.raises(ValueError, match="shape"), writing(tmp_path / "x"):
         raise ValueError("shape")
