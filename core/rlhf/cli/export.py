@@ -117,7 +117,8 @@ def _save(directory: RunDirectory, checkpoint: str, folder: Path) -> None:
     plan: Plan = planned(from_mapping(directory.recipe(), str(directory.path / "recipe.yaml")))
     with contextlib.closing(assemble(plan, say)) as parts:
         restore(parts, state)
-        parts.models.save(folder)
+        with writing(folder):
+            parts.models.save(folder)
     say(f"{directory.path} {name}")
 
 
