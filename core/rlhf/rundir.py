@@ -23,6 +23,7 @@ from rlhf.files import cannot_be_written, write_atomic, writing
 from rlhf.options import typed
 from rlhf.plan import Plan
 from rlhf.planning.prediction import written
+from rlhf.recipe import parse_yaml
 from rlhf.saved import whole
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "attrs",
@@ -146,8 +147,8 @@ class RunDirectory:
             RequestError: there is none.
         """
         try:
-            content = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            content = parse_yaml((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise self._no_run("recipe.yaml", error) from error
         if not isinstance(content, dict):
             raise RequestError(Problem(f"{self.path}: its recipe.yaml holds no recipe"))
