@@ -227,7 +227,9 @@ def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
     lacks = "" if path else _lacks(folder)
     path = path or str(folder)
     if lacks:
-        return Problem(f"--model {path}: {lacks}", "give the whole model; one that holds no weights at all is planned for")
+        return Problem(
+            f"--model {path}: {lacks}", "give the whole model; one that holds no weights at all is planned for"
+        )
     config = folder / "config.json"
     if config.is_file():
         content = _json_object(config, path)

@@ -138,7 +138,9 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
             and output.exists()
             and not (output.is_dir() and {entry.name for entry in output.iterdir()} <= begun)
         ):
-            raise RequestError(Problem(f"--output {output}: holds something that is no pipeline", "give another folder"))
+            raise RequestError(
+                Problem(f"--output {output}: holds something that is no pipeline", "give another folder")
+            )
         (output / _RECIPES).mkdir(parents=True, exist_ok=True)
         write_atomic(kept, content)
     except OSError as error:
@@ -160,7 +162,7 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
             text = yaml.safe_dump(plain(_replaced(stage.recipe, models)), sort_keys=False, allow_unicode=True)
             with writing(recipe):
                 write_atomic(recipe, text)
-            _run(stage.name, [str(recipe), "--output", str(directory.path), *(["--resume"] if resume else [])])
+            _run(stage.name, [str(recipe), "--output", str(directory.shown), *(["--resume"] if resume else [])])
             summary = directory.summary() or {}
         results.append({"stage": stage.name, **summary})
         with writing(output):

@@ -15,7 +15,6 @@ from rlhf.entries import KINDS, MANY, NONE
 from rlhf.errors import Problem, RequestError
 from rlhf.options import fields, nearest, option
 
-
 _MOST = 1_000_000_000
 """Of steps, rows and tokens: far more than any run, and nothing that a computer can't count to."""
 
@@ -25,8 +24,10 @@ class RunOptions:
     """What concerns every run, whatever its components. YAML keys, and flags of the same name."""
 
     max_steps: int | None = option(
-        None, help="end after this many steps, however often they pass over the data; left out, after --epochs",
-        ge=1, le=_MOST,
+        None,
+        help="end after this many steps, however often they pass over the data; left out, after --epochs",
+        ge=1,
+        le=_MOST,
     )
     epochs: float = option(1.0, help="passes over the data, where --max-steps is left out", gt=0, le=1_000_000)
     batch_size: int = option(32, help="rows (offline) or prompts (online) a step, over all ranks", ge=1, le=10_000_000)
@@ -40,7 +41,9 @@ class RunOptions:
     eval_every: int | None = option(
         None, help="steps between evaluations on held-out data; left out, only before and after", ge=1, le=_MOST
     )
-    eval_rows: int = option(128, help="at most so many held-out rows are evaluated; 0 turns evaluation off", ge=0, le=_MOST)
+    eval_rows: int = option(
+        128, help="at most so many held-out rows are evaluated; 0 turns evaluation off", ge=0, le=_MOST
+    )
     eval_fraction: float = option(0.05, help="share of --data held out where there is no --eval-data", ge=0, le=0.5)
     eval_temperature: float | None = option(
         None, help="of held-out sampling; left out, the engine's own, with seeds that never change", ge=0
@@ -292,7 +295,11 @@ def _roles(content: Any, where: str, problems: list[Problem]) -> dict[str, RoleR
     roles = {}
     for name, chosen in content.items():
         if not isinstance(chosen, dict) or set(chosen) - {"model", "mem"}:
-            unknown = ", ".join(sorted(map(str, set(chosen) - {"model", "mem"}))) if isinstance(chosen, dict) else repr(chosen)
+            unknown = (
+                ", ".join(sorted(map(str, set(chosen) - {"model", "mem"})))
+                if isinstance(chosen, dict)
+                else repr(chosen)
+            )
             problems.append(Problem(f"{where}: roles: {name}: {unknown} is unknown", "a role takes model and mem"))
             continue
         roles[str(name)] = RoleRecipe(

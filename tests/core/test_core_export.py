@@ -130,7 +130,9 @@ def test_what_is_refused(finished: Path, tiny_model: Path, tmp_path: Path, rlhf:
         ("/proc/out", "cannot be written: No such file or directory"),
     ],
 )
-def test_a_place_that_cannot_be_is_refused(output: str, told: str, tiny_model: Path, tmp_path: Path, rlhf: Rlhf) -> None:
+def test_a_place_that_cannot_be_is_refused(
+    output: str, told: str, tiny_model: Path, tmp_path: Path, rlhf: Rlhf
+) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     code, _, err = rlhf("export", str(tiny_model), "--output", str(tmp_path / output))

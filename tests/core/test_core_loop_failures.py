@@ -95,7 +95,8 @@ def full(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "at"), [("rlhf.checkpoint.save_file", "checkpoints"), ("transformers.PreTrainedModel.save_pretrained", "model")]
+    ("where", "at"),
+    [("rlhf.checkpoint.save_file", "checkpoints"), ("transformers.PreTrainedModel.save_pretrained", "model")],
 )
 def test_a_disk_that_is_full_ends_the_run_and_what_was_saved_is_gone_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: str

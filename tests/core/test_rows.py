@@ -227,7 +227,9 @@ def test_a_completion_with_a_reward_a_label_or_a_better_one() -> None:
     assert RewardedRow.split(record) is None
 
 
-@pytest.mark.parametrize("reward", [None, "1", True, float("nan"), float("inf"), 10**400], ids=lambda value: str(value)[:4])
+@pytest.mark.parametrize(
+    "reward", [None, "1", True, float("nan"), float("inf"), 10**400], ids=lambda value: str(value)[:4]
+)
 def test_rewards_that_are_no_number(reward: Any) -> None:
     with pytest.raises(RowError, match="'reward' must be a finite number"):
         RewardedRow.from_record({"prompt": "p", "completion": "c", "reward": reward})

@@ -102,9 +102,9 @@ def readable(model: str, handed_on: tuple[type[Exception], ...] = ()) -> Iterato
     """
     try:
         yield
-    except (RequestError, RunError, *handed_on):
-        raise
     except Exception as error:
+        if isinstance(error, (RequestError, RunError, *handed_on)):
+            raise
         what = f"--model {model}: can't be loaded: {reason(error)}"
         fix = "give a folder or hub id of a causal language model with its weights in safetensors"
         raise RequestError(Problem(what, fix)) from error
