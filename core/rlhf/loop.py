@@ -86,7 +86,8 @@ class Loop:
         if resumed is not None:
             self._load(resumed)
         self._tell("run_started", {
-            "directory": str(self.directory.path), "shown": str(self.directory.shown), "plan": self.parts.plan, "steps": self.steps,
+            "directory": str(self.directory.path), "shown": str(self.directory.shown),
+            "plan": self.parts.plan, "steps": self.steps,
             "first_step": self.step, "notes": list(self.parts.plan.notes),
         })  # fmt: skip
         try:
