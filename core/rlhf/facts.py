@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -170,14 +171,14 @@ class ModelFacts:
 
     @property
     def architecture(self) -> str:
-        names = (self.config or {}).get("architectures") or []
-        return str(names[0]) if names else ""
+        names = (self.config or {}).get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
 
     @property
     def context(self) -> int | None:
         """The longest sequence, in tokens, prompt and response together."""
         value = self.get("max_position_embeddings", "n_positions", "max_seq_len")
-        return int(value) if value is not None else None
+        return int(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -222,7 +223,13 @@ def model(path: str, role: str = "") -> ModelFacts | Problem:
 
 
 def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
+    """path: what it is called, where that isn't the folder: it is in the hub's cache, and what it lacks can be had."""
+    lacks = "" if path else _lacks(folder)
     path = path or str(folder)
+    if lacks:
+        return Problem(
+            f"--model {path}: {lacks}", "give the whole model; one that holds no weights at all is planned for"
+        )
     config = folder / "config.json"
     if config.is_file():
         content = _json_object(config, path)
@@ -239,6 +246,18 @@ def _read(folder: Path, path: str = "") -> ModelFacts | Problem:
         what = f"--model {path}: is an adapter of {named}, which can't be read: {base.what.partition(': ')[2]}"
         return Problem(what, f"set base_model_name_or_path in {folder / 'adapter_config.json'}")
     return ModelFacts(path, base.config, base.path, str(adapter.get("task_type") or ""))
+
+
+def _lacks(folder: Path) -> str:
+    """What a folder lacks of the weights that its index names; empty where that is nothing, or there is no index."""
+    index = folder / "model.safetensors.index.json"
+    indexed = index.is_file() and not (folder / "model.safetensors").is_file()  # which would be read, and no other
+    content = _json_object(index, "") if indexed else {}
+    named = content.get("weight_map") if isinstance(content, dict) else None
+    files = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+    gone = sorted(name for name in files if not (folder / name).is_file())
+    more = f" and {len(gone) - 2} more" if len(gone) > 2 else ""
+    return f"lacks {', '.join(gone[:2])}{more}, which its {index.name} names" if gone else ""
 
 
 def _json_object(file: Path, path: str) -> dict[str, Any] | Problem:

@@ -23,8 +23,9 @@ import torch
 
 from rlhf import checkpoint, signals
 from rlhf.data import derive
-from rlhf.errors import Interrupted
+from rlhf.errors import Interrupted, RunError
 from rlhf.experience import Batch, Experience
+from rlhf.files import writing
 from rlhf.floor import Peaks
 from rlhf.heldout import evaluate
 from rlhf.interfaces import Algorithm, State
@@ -85,7 +86,8 @@ class Loop:
         if resumed is not None:
             self._load(resumed)
         self._tell("run_started", {
-            "directory": str(self.directory.path), "plan": self.parts.plan, "steps": self.steps,
+            "directory": str(self.directory.path), "shown": str(self.directory.shown),
+            "plan": self.parts.plan, "steps": self.steps,
             "first_step": self.step, "notes": list(self.parts.plan.notes),
         })  # fmt: skip
         try:
@@ -110,7 +112,12 @@ class Loop:
             raise
         finally:
             summary = self._summary(status, error)
-            self.directory.write_summary(summary)
+            try:
+                self.directory.write_summary(summary)
+            except RunError as unwritten:  # a disk that is full ended the run, most likely, and that is what to tell
+                if error is None:
+                    raise
+                self.say(str(unwritten))
             self._tell("run_finished", summary, error)
         return summary
 
@@ -396,23 +403,25 @@ class Loop:
     def _checkpoint(self, heldout: Mapping[str, float] | None) -> None:
         world = self.parts.backend.world
         world.now = f"checkpoint of step {self.step}"
-        path = checkpoint.save(self.directory.checkpoints, self.step, self._state(), heldout, world)
-        best = self.best[0] if self.best else None
-        if world.rank == 0:
-            checkpoint.prune(self.directory.checkpoints, self.step, self.parts.plan.run.keep, best)
+        with writing(self.directory.checkpoints):
+            path = checkpoint.save(self.directory.checkpoints, self.step, self._state(), heldout, world)
+            best = self.best[0] if self.best else None
+            if world.rank == 0:
+                checkpoint.prune(self.directory.checkpoints, self.step, self.parts.plan.run.keep, best)
         self._tell("checkpoint_saved", self.step, path)
 
     def _save_model(self) -> None:
         world = self.parts.backend.world
         world.now = "saving the model"
         partial = self.directory.path / "model.part"
-        if world.rank == 0:
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir()
-        self.parts.models.save(partial)
-        if world.rank == 0:
-            self.directory.replace_model(partial)
+        with writing(self.directory.model):
+            if world.rank == 0:
+                if partial.exists():
+                    shutil.rmtree(partial)
+                partial.mkdir()
+            self.parts.models.save(partial)
+            if world.rank == 0:
+                self.directory.replace_model(partial)
         world.barrier()  # rank 0 may still fail, and then none is done
 
     # What is told

@@ -27,7 +27,7 @@ from rlhf import facts
 from rlhf.compose import compose
 from rlhf.errors import Interrupted, Problem, RequestError, RunError
 from rlhf.facts import ModelFacts
-from rlhf.files import write_atomic
+from rlhf.files import cannot_be_written, write_atomic, writing
 from rlhf.options import nearest
 from rlhf.plan import plain
 from rlhf.recipe import from_mapping, key_of, twice
@@ -130,20 +130,22 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
 
     content = yaml.safe_dump({"stages": {s.name: plain(s.recipe) for s in stages}}, sort_keys=False, allow_unicode=True)
     kept = output / "pipeline.yaml"
-    if kept.is_file() and kept.read_text(encoding="utf-8") != content:
-        raise RequestError(Problem(f"--output {output}: holds another pipeline", "give another folder"))
-    begun = {kept.name + ".part"}  # what one killed at once can have left
-    if (
-        not kept.is_file()
-        and output.exists()
-        and not (output.is_dir() and {entry.name for entry in output.iterdir()} <= begun)
-    ):
-        raise RequestError(Problem(f"--output {output}: holds something that is no pipeline", "give another folder"))
     try:
+        if kept.is_file() and kept.read_text(encoding="utf-8") != content:
+            raise RequestError(Problem(f"--output {output}: holds another pipeline", "give another folder"))
+        begun = {kept.name + ".part"}  # what one killed at once can have left
+        if (
+            not kept.is_file()
+            and output.exists()
+            and not (output.is_dir() and {entry.name for entry in output.iterdir()} <= begun)
+        ):
+            raise RequestError(
+                Problem(f"--output {output}: holds something that is no pipeline", "give another folder")
+            )
         (output / _RECIPES).mkdir(parents=True, exist_ok=True)
         write_atomic(kept, content)
     except OSError as error:
-        raise RequestError(Problem(f"--output {output}: cannot be written: {error.strerror}")) from error
+        raise cannot_be_written(output, error) from error
     models = {stage.name: str(output / stage.name) for stage in stages}
     results = []
     for number, stage in enumerate(stages, 1):
@@ -159,11 +161,13 @@ def carry_out(stages: list[Stage], output: Path, resume: bool, say: Callable[[st
             say(f"stage {number}/{len(stages)} {stage.name}")
             recipe = output / _RECIPES / f"{stage.name}.yaml"
             text = yaml.safe_dump(plain(_replaced(stage.recipe, models)), sort_keys=False, allow_unicode=True)
-            write_atomic(recipe, text)
-            _run(stage.name, [str(recipe), "--output", str(directory.path), *(["--resume"] if resume else [])])
+            with writing(recipe):
+                write_atomic(recipe, text)
+            _run(stage.name, [str(recipe), "--output", str(directory.shown), *(["--resume"] if resume else [])])
             summary = directory.summary() or {}
         results.append({"stage": stage.name, **summary})
-        write_atomic(output / "pipeline.json", json.dumps(results, indent=1) + "\n")
+        with writing(output):
+            write_atomic(output / "pipeline.json", json.dumps(results, indent=1) + "\n")
     return results
 
 

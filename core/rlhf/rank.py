@@ -166,10 +166,10 @@ def _run(job: Job, place: Place, say: Say) -> int:
             check_data(parts, found[1])
         directory.open(job.plan)
         if job.resume:
-            fresh = f"{directory.path} holds no checkpoint yet: starting from 0"
+            fresh = f"{directory.shown} holds no checkpoint yet: starting from 0"
             world.barrier()  # all have looked before anything is cut
             directory.cut_back(found[1]["loop"]["step"] if found else 0)
-            say(f"resuming from {found[0]}" if found else fresh)
+            say(f"resuming from {directory.shown / found[0].relative_to(directory.path)}" if found else fresh)
         Loop(parts, directory, say).run(found[1] if found else None)
     return 0
 
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> int:
 
     settle()
     _end_with_parent()
-    output: Path | None = None
+    output, home = None, Path.cwd()
     try:
         with signals.raised():
             job = Job.read(Path(arguments[0]))
@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> int:
             return carry_out(job, say)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        report = Report(130, message=what_stands(output)) if stopped else Report.of(error)
+        report = Report(130, message=what_stands(output, home)) if stopped else Report.of(error)
         if path := os.environ.get(REPORT):
             partial = Path(path + ".part")
             partial.write_text(json.dumps(attrs.asdict(report)), encoding="utf-8")

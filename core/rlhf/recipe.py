@@ -15,27 +15,35 @@ from rlhf.entries import KINDS, MANY, NONE
 from rlhf.errors import Problem, RequestError
 from rlhf.options import fields, nearest, option
 
+_MOST = 1_000_000_000
+"""Of steps, rows and tokens: far more than any run, and nothing that a computer can't count to."""
+
 
 @attrs.frozen(kw_only=True)
 class RunOptions:
     """What concerns every run, whatever its components. YAML keys, and flags of the same name."""
 
     max_steps: int | None = option(
-        None, help="end after this many steps, however often they pass over the data; left out, after --epochs", ge=1
+        None,
+        help="end after this many steps, however often they pass over the data; left out, after --epochs",
+        ge=1,
+        le=_MOST,
     )
-    epochs: float = option(1.0, help="passes over the data, where --max-steps is left out", gt=0)
+    epochs: float = option(1.0, help="passes over the data, where --max-steps is left out", gt=0, le=1_000_000)
     batch_size: int = option(32, help="rows (offline) or prompts (online) a step, over all ranks", ge=1, le=10_000_000)
     micro_batch_tokens: int = option(
         8192, help="upper bound of one forward, padding included; changes speed and memory, not results", unit="tokens",
-        ge=1,
+        ge=1, le=_MOST,
     )  # fmt: skip
-    seed: int = option(0, help="of data order, sampling and initialisation", ge=0)
-    save_every: int | None = option(None, help="steps between checkpoints; left out, ten a run", ge=1)
-    keep: int = option(2, help="how many checkpoints to keep; the best one is kept besides", ge=1)
+    seed: int = option(0, help="of data order, sampling and initialisation", ge=0, le=2**63 - 1)
+    save_every: int | None = option(None, help="steps between checkpoints; left out, ten a run", ge=1, le=_MOST)
+    keep: int = option(2, help="how many checkpoints to keep; the best one is kept besides", ge=1, le=_MOST)
     eval_every: int | None = option(
-        None, help="steps between evaluations on held-out data; left out, only before and after", ge=1
+        None, help="steps between evaluations on held-out data; left out, only before and after", ge=1, le=_MOST
     )
-    eval_rows: int = option(128, help="at most so many held-out rows are evaluated; 0 turns evaluation off", ge=0)
+    eval_rows: int = option(
+        128, help="at most so many held-out rows are evaluated; 0 turns evaluation off", ge=0, le=_MOST
+    )
     eval_fraction: float = option(0.05, help="share of --data held out where there is no --eval-data", ge=0, le=0.5)
     eval_temperature: float | None = option(
         None, help="of held-out sampling; left out, the engine's own, with seeds that never change", ge=0
@@ -57,7 +65,7 @@ class RunOptions:
         source="PPO-ptx, InstructGPT, whose gamma is 27.8", ge=0,
     )  # fmt: skip
     ptx_batch_size: int = option(16, help="rows of --ptx-data an optimiser step, over all ranks", ge=1, le=10_000_000)
-    nproc: int = option(1, help="processes to start on this machine", ge=1)
+    nproc: int = option(1, help="processes to start on this machine", ge=1, le=100_000)
     trust_remote_code: bool = option(False, help="run code that comes with a model; only for models you have read")
 
 
@@ -156,7 +164,8 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
         given[key] = value
         if key in KINDS and key not in MANY and isinstance(value, dict) and "name" not in value:
             problems += twice(value, f"{where}: {key}")
-            options[key] = {key_of(name): chosen for name, chosen in value.items()}
+            if value:
+                options[key] = {key_of(name): chosen for name, chosen in value.items()}
         elif key in KINDS:
             picks[key] = _picks(key, value, where, problems)
         elif key in known_run:
@@ -211,20 +220,46 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         RequestError: no such file, no text, no YAML, or no mapping.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OneOfEach)
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RequestError(Problem(f"{path}: there is no such recipe file")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(Problem(f"{path}: cannot be read: {error}")) from error
-    except yaml.YAMLError as error:
-        raise RequestError(Problem(f"{path}: is no YAML: {' '.join(str(error).split())}")) from error
+    try:
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise RequestError(Problem(f"{path}: is no YAML: {error}")) from error
     if not isinstance(content, dict):
         raise RequestError(Problem(f"{path}: holds no recipe", "a recipe is a mapping, such as 'algo: ppo'"))
     return content
 
 
-class _OneOfEach(yaml.SafeLoader):
-    """YAML in which a key given twice is an error; by itself the last would win without a word."""
+def parse_yaml(text: str) -> Any:
+    """What YAML says.
+
+    Raises:
+        ValueError: it is none; says why in a line.
+    """
+    try:
+        return yaml.load(text, Loader=_Strict)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, where by itself the last would win without a word; and so is a value
+    that isn't of its type, or is a part of itself."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=True)  # at once, so that a part of itself isn't there yet
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # of any kind, such as IndexError of an empty !!int
+            what = f"line {node.start_mark.line + 1}: {node.value!r:.40} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, what) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -287,7 +322,11 @@ def _roles(content: Any, where: str, problems: list[Problem]) -> dict[str, RoleR
     roles = {}
     for name, chosen in content.items():
         if not isinstance(chosen, dict) or set(chosen) - {"model", "mem"}:
-            unknown = ", ".join(sorted(set(chosen) - {"model", "mem"})) if isinstance(chosen, dict) else repr(chosen)
+            unknown = (
+                ", ".join(sorted(map(str, set(chosen) - {"model", "mem"})))
+                if isinstance(chosen, dict)
+                else repr(chosen)
+            )
             problems.append(Problem(f"{where}: roles: {name}: {unknown} is unknown", "a role takes model and mem"))
             continue
         roles[str(name)] = RoleRecipe(

@@ -8,6 +8,7 @@ An algorithm with data of its own brings its own class with a `from_record`, rai
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
@@ -167,14 +168,13 @@ class PreferenceRow:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PreferenceRow:
         margin = record.get("margin")
-        number = isinstance(margin, int | float) and not isinstance(margin, bool)
-        if margin is not None and not (number and math.isfinite(margin)):
-            raise RowError(f"'margin' must be a finite number, not {margin!r}")
+        if margin is not None:
+            margin = _finite("margin", margin)
         chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
         if chosen == rejected:
             raise RowError("'chosen' and 'rejected' are the same")
         extra = _extra(record, ("prompt", "chosen", "rejected", "margin"))
-        return cls(_prompt(record), chosen, rejected, None if margin is None else float(margin), extra)
+        return cls(_prompt(record), chosen, rejected, margin, extra)
 
 
 @attrs.frozen
@@ -232,13 +232,12 @@ class RewardedRow:
         reward = record.get("reward")
         if reward is None and isinstance(record.get("label"), bool):
             reward = float(record["label"])
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise RowError(f"'reward' must be a finite number, not {reward!r}")
+        reward = _finite("reward", reward)
         extra = _extra(record, ("prompt", "completion", "messages", "label", "reward"))
         if record.get("messages") and record.get("completion") is None:
             prompt, reply = _before_last_reply(_chat(record["messages"], "messages"))
-            return cls(prompt, reply, float(reward), extra)
-        return cls(_prompt(record), _text(record, "completion"), float(reward), extra)
+            return cls(prompt, reply, reward, extra)
+        return cls(_prompt(record), _text(record, "completion"), reward, extra)
 
 
 @attrs.frozen
@@ -270,6 +269,19 @@ class StepRow:
             raise RowError("'labels' must hold true, false, or a number from 0 to 1 for each step")
         extra = _extra(record, ("prompt", "messages", key, "labels"))
         return cls(_prompt(record), tuple(steps), tuple(float(label) for label in labels), extra)
+
+
+def _finite(name: str, value: Any) -> float:
+    """A column's number.
+
+    Raises:
+        RowError: it is none, infinite, or larger than a float can be.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(value):
+                return float(value)
+    raise RowError(f"{name!r} must be a finite number, not {value!r:.40}")
 
 
 def row_needs(row_type: type) -> str:

@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -18,10 +19,11 @@ import yaml
 
 from rlhf import __version__, hub
 from rlhf.errors import Problem, RequestError
-from rlhf.files import write_atomic
+from rlhf.files import cannot_be_written, write_atomic, writing
 from rlhf.options import typed
 from rlhf.plan import Plan
 from rlhf.planning.prediction import written
+from rlhf.recipe import parse_yaml
 from rlhf.saved import whole
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "attrs",
@@ -58,7 +60,9 @@ class RunDirectory:
     """One run's folder. Made only when the run is about to start: a wrong request leaves nothing behind."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.shown = path
+        """As it was typed, for messages."""
+        self.path = path = path.absolute()  # code that the run calls, such as a reward, may change the working folder
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self._lock: IO[str] | None = None
@@ -69,19 +73,27 @@ class RunDirectory:
         Raises:
             RequestError: it holds another run, or something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RequestError(Problem(f"--output {self.path}: is a file", "give a folder"))
-        if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} <= _BEFORE_PLAN:
+        try:
+            there = {entry.name for entry in self.path.iterdir()}
+        except FileNotFoundError:
+            if not self.path.is_symlink():  # one to nothing is something
+                return
+            raise RequestError(Problem(f"--output {self.shown}: is a link to nothing", "give a folder")) from None
+        except OSError as error:
+            if os.path.isfile(self.path):  # not its own is_file, to which a name can be too long
+                raise RequestError(Problem(f"--output {self.shown}: is a file", "give a folder")) from error
+            raise cannot_be_written(self.shown, error) from error
+        if there <= _BEFORE_PLAN:
             return
         if not (self.path / "plan.json").is_file():
-            raise RequestError(Problem(f"--output {self.path}: holds something that is no run", "give another folder"))
+            raise RequestError(Problem(f"--output {self.shown}: holds something that is no run", "give another folder"))
         if not self.begun and not resume:
             fix = "add --resume to begin it again, with the same options or with others; or give another folder"
             what = "holds a run that ended before its first checkpoint"
-            raise RequestError(Problem(f"--output {self.path}: {what}", fix))
+            raise RequestError(Problem(f"--output {self.shown}: {what}", fix))
         if not resume:
             fix = "add --resume to go on with it, or give another folder"
-            raise RequestError(Problem(f"--output {self.path}: holds a run already", fix))
+            raise RequestError(Problem(f"--output {self.shown}: holds a run already", fix))
         if self.begun:
             before, now = self.recipe(), plan.to_recipe()
             before, now = ({key: recipe[key] for key in recipe.keys() - _FREE_TO_CHANGE} for recipe in (before, now))
@@ -97,7 +109,7 @@ class RunDirectory:
         if found:
             free = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(_FREE_TO_CHANGE))
             fix = f"leave that out: what isn't typed is as it was. A run that goes on may change {free}"
-            raise RequestError(Problem(f"--output {self.path}: holds another run: {found}", fix))
+            raise RequestError(Problem(f"--output {self.shown}: holds another run: {found}", fix))
 
     @property
     def begun(self) -> bool:
@@ -114,11 +126,11 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise RequestError(Problem(f"--output {self.path}: cannot be written: {error.strerror}")) from error
+            raise cannot_be_written(self.shown, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RequestError(Problem(f"--output {self.path}: another process is running in it")) from None
+            raise RequestError(Problem(f"--output {self.shown}: another process is running in it")) from None
 
     def open(self, plan: Plan) -> None:
         """Write what is known before the first step.
@@ -147,11 +159,11 @@ class RunDirectory:
             RequestError: there is none.
         """
         try:
-            content = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            content = parse_yaml((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise self._no_run("recipe.yaml", error) from error
         if not isinstance(content, dict):
-            raise RequestError(Problem(f"{self.path}: its recipe.yaml holds no recipe"))
+            raise RequestError(Problem(f"{self.shown}: its recipe.yaml holds no recipe"))
         return content
 
     def plan_json(self) -> dict[str, Any]:
@@ -171,8 +183,8 @@ class RunDirectory:
             what = f"holds no run: it has no {name}"
         else:
             what = f"holds no run that can be read: {name}: {' '.join(str(error).split())}"
-        hint = f"{hub.near(str(self.path), Path.is_dir)}give a run's folder, such as one under runs/"
-        return RequestError(Problem(f"{self.path}: {what}", hint))
+        hint = f"{hub.near(str(self.shown), Path.is_dir)}give a run's folder, such as one under runs/"
+        return RequestError(Problem(f"{self.shown}: {what}", hint))
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a run that ended, however."""
@@ -215,11 +227,13 @@ class RunDirectory:
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         # What UTF-8 can't hold, such as half a surrogate pair, becomes the JSON escape that it is.
-        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
+        path = self.path / name
+        with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        with writing(self.path / name):
+            write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 class Onlooker(RunDirectory):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rlhf.cli import main
@@ -116,7 +117,49 @@ def test_what_is_refused(finished: Path, tiny_model: Path, tmp_path: Path, rlhf:
     for words, told in refused:
         code, _, err = rlhf("export", *words)
         assert code == 2 and told in err, words
-        assert not Path(new).exists() and not Path(new + ".part").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["half"]
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("file/inside", "cannot be written: Not a directory"),
+        ("file", "is there already"),
+        ("dangling", "is there already"),
+        ("x" * 300, "cannot be written: File name too long"),
+        ("/proc/out", "cannot be written: No such file or directory"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(
+    output: str, told: str, tiny_model: Path, tmp_path: Path, rlhf: Rlhf
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    code, _, err = rlhf("export", str(tiny_model), "--output", str(tmp_path / output))
+    assert code == 2 and told in err and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_lies_beside_the_output_is_not_touched(tiny_model: Path, tmp_path: Path, rlhf: Rlhf) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "thesis.tex").write_text("mine")
+    assert rlhf("export", str(tiny_model), "--output", str(tmp_path / "out"))[0] == 0
+    assert (tmp_path / "out.part" / "thesis.tex").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
+
+
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_disk_that_is_full_is_told(
+    kind: Callable[[str], Exception], tiny_model: Path, tmp_path: Path, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise kind("No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    code, _, err = rlhf("export", str(tiny_model), "--output", str(tmp_path / "out"))
+    assert code == 1 and err.endswith(f"error: {tmp_path / 'out'}: cannot be written: No space left on device\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_whose_base_has_gone(finished: Path, tmp_path: Path, rlhf: Rlhf) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -46,6 +47,28 @@ def test_facts_of_a_folder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_facts_of_nested_configs(tmp_path: Path) -> None:
     made = found(folder(tmp_path, config={"text_config": {"max_position_embeddings": 64}, "vocab_size": 9}))
     assert (made.context, made.get("vocab_size", "no"), made.get("no")) == (64, 9, None)
+
+
+@pytest.mark.parametrize("value", ["x", [], math.inf])
+def test_a_config_of_nonsense_names_no_context_and_no_architecture(tmp_path: Path, value: Any) -> None:
+    made = found(folder(tmp_path, config={"max_position_embeddings": value, "architectures": 5}))
+    assert (made.context, made.architecture) == (None, "")
+
+
+def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    made = folder(tmp_path, config={"vocab_size": 3})
+    assert found(made).known  # a config.json alone can be planned for
+    weights = {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}
+    folder(tmp_path, **{"model.safetensors.index": {"weight_map": weights}})
+    (tmp_path / "one.safetensors").touch()
+    problem = facts.model(str(tmp_path))
+    assert isinstance(problem, Problem)
+    assert problem.what.endswith("lacks two.safetensors, which its model.safetensors.index.json names")
+    (tmp_path / "model.safetensors").touch()  # read before any index
+    assert found(made).known
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "two.safetensors").touch()
+    assert found(made).known
 
 
 def test_a_run_is_resolved_to_the_role_asked_for(tmp_path: Path) -> None:

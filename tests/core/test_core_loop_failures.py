@@ -10,6 +10,7 @@ from typing import Any, cast
 import attrs
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from at_work import Run, Says, metrics_of, plan_of
@@ -17,6 +18,7 @@ from rlhf.errors import RunError
 from rlhf.interfaces import Failed, Score, Tracker
 from rlhf.loop import Parts
 from rlhf.rollouts import Source
+from rlhf.saved import whole
 
 
 def test_what_could_not_be_judged_is_left_out_counted_and_told(tmp_path: Path) -> None:
@@ -86,6 +88,49 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_what_was_done_stays(tmp_path
     whole = Run(tmp_path / "whole", plan)
     whole.go()
     assert metrics_of(tmp_path / "broken") == whole.metrics() and len(whole.metrics()) == 4
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("where", "at"),
+    [("rlhf.checkpoint.save_file", "checkpoints"), ("transformers.PreTrainedModel.save_pretrained", "model")],
+)
+def test_a_disk_that_is_full_ends_the_run_and_what_was_saved_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: str
+) -> None:
+    plan = plan_of(algo="sft", max_steps=2, save_every=1)
+    run = Run(tmp_path / "full", plan)
+    told = rf"full/{at}: cannot be written: .*No space left on device"
+    with monkeypatch.context() as patched:
+        patched.setattr(where, full)
+        with pytest.raises(RunError, match=told):
+            run.go()
+    assert not run.directory.model.exists()
+    assert len(whole(run.directory.checkpoints)) == (0 if at == "checkpoints" else 2)
+    again = Run(tmp_path / "full", plan)
+    again.go(resume=True)
+    assert again.directory.model.is_dir() and len(again.metrics()) == 2
+
+
+def test_a_summary_that_cannot_be_written_does_not_hide_why_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, plan_of(algo="sft", max_steps=1))
+
+    def none_left(summary: Any) -> None:
+        raise RunError("summary.json: cannot be written")
+
+    monkeypatch.setattr(run.directory, "write_summary", none_left)
+    with monkeypatch.context() as patched:
+        patched.setattr("rlhf.checkpoint.save_file", full)
+        with pytest.raises(RunError, match="checkpoints: cannot be written"):
+            run.go()
+    assert "summary.json: cannot be written" in run.said
+    with pytest.raises(RunError, match=r"summary\.json"):
+        run.go()
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,10 @@ def test_another_folder(new, tmp_path: Path) -> None:  # type: ignore[no-untyped
         (("mine", "--kind", "memory"), "did you mean mem?"),
         (("ppo", "--kind", "algo"), "there is a --algo ppo already, from rlhf-kit"),
         (("mine", "--kind", "algo", "--output", "there"), "--output there: is there already"),
-        (("mine", "--kind", "algo", "--output", "file/inside"), "--output file/inside: file is a file"),
+        (
+            ("mine", "--kind", "algo", "--output", "file/inside"),
+            "--output file/inside: cannot be written: Not a directory",
+        ),
         (("mine",), "missing option '--kind'"),
         (("mine", "--kind", "algo", "--outptu", "x"), "unknown option --outptu"),
     ],

@@ -246,6 +246,13 @@ def test_none_at_all_is_said_by_an_empty_list_where_that_is_a_choice() -> None:
     [
         (None, "there is no such recipe file"),
         ("algo: [ppo", "is no YAML"),
+        ("a: b\nseed: 2020-13-45", "is no YAML: line 2: '2020-13-45' is no timestamp"),
+        ("seed: !!int foo", "is no YAML: line 1: 'foo' is no int"),
+        ("seed: !!float foo", "is no YAML: line 1: 'foo' is no float"),
+        ("seed: !!int", "is no YAML: line 1: '' is no int"),
+        ("seed: " + "9" * 5000, "is no YAML: line 1: '9+ is no int"),
+        ("algo: " + "[" * 3000, "is no YAML: it is nested too deeply"),
+        ("stages: &s {a: *s}", "is no YAML: found unconstructable recursive node"),
         ("- ppo", "holds no recipe"),
         ("", "holds no recipe"),
         (b"algo: \xff", "cannot be read"),
@@ -257,6 +264,14 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: Any, what: str) -> None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RequestError, match=what):
         from_file(path)
+
+
+def test_no_options_are_none(tmp_path: Path) -> None:
+    assert from_mapping({"algo": "sft", "engine": {}}, "r") == from_mapping({"algo": "sft"}, "r")
+
+
+def test_a_role_takes_no_number_for_a_key() -> None:
+    assert refused({"roles": {"policy": {1: "x", "y": 2}}})[0].startswith("my.yaml: roles: policy: 1, y is unknown")
 
 
 def test_yaml_builds_no_objects(tmp_path: Path) -> None:

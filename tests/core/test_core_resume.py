@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from rlhf.cli import main
+from rlhf.cli.resume import what_stands
 
 Rlhf = Callable[..., tuple[int, str, str]]
 BEGUN = ("run", "--algo", "dpo", "--mem", "lora", "--batch-size", "4", "--algo.beta", "0.3", "--seed", "3",
@@ -96,3 +97,30 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_begun_again(rlhf: Rlhf
     assert code == 2 and "add --resume to begin it again, with the same options or with others" in err
     code, _, err = rlhf(*again, "--resume")
     assert code == 0 and "holds no checkpoint yet: starting from 0" in err
+
+
+def test_a_reward_that_changes_the_working_folder_changes_nothing(
+    rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    Path("goal.py").write_text(
+        "import os\nos.chdir('elsewhere')\ndef score(completion):\n    return float(len(completion))\n"
+    )
+    words = ("run", "--algo", "ppo", "--reward", "python", "--reward.python.path", "goal.py:score", "--max-steps", "1",
+             "--batch-size", "4", "--eval-rows", "0", "--output", "out")  # fmt: skip
+    code, _, err = rlhf(*words)
+    assert code == 0, err
+    assert Path.cwd() == tmp_path / "elsewhere" and not list(Path.cwd().iterdir())
+    assert (tmp_path / "out" / "model").is_dir() and (tmp_path / "out" / "summary.json").is_file()
+    assert f"{Path('out') / 'model'}" in err and str(tmp_path / "out") not in err  # told as it was typed
+
+
+def test_what_stands_is_looked_for_where_the_run_was_started(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = "interrupted; step-000001 stands: rlhf run --resume --output begun"
+    assert what_stands(Path("begun"), begun.parent) == told
+    assert what_stands(begun, tmp_path) == told.replace("begun", str(begun))
+    assert what_stands(Path("begun"), tmp_path).endswith("no checkpoint was written")

@@ -47,6 +47,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, plan: Plan) -> No
     assert "holds something that is no run" in refused(RunDirectory(tmp_path), plan)
     assert "holds something that is no run" in refused(RunDirectory(tmp_path), plan, resume=True)
     assert "is a file" in refused(RunDirectory(tmp_path / "thesis.tex"), plan)
+    assert "cannot be written: Not a directory" in refused(RunDirectory(tmp_path / "thesis.tex" / "run"), plan)
+    assert "cannot be written: File name too long" in refused(RunDirectory(tmp_path / ("x" * 300)), plan)
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    assert "is a link to nothing" in refused(RunDirectory(tmp_path / "link"), plan)
 
 
 def begin(directory: RunDirectory, plan: Plan) -> None:

@@ -106,6 +106,11 @@ def test_a_label() -> None:
             {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True},
             "'margin' must be a finite number",
         ),
+        (
+            PreferenceRow,
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 10**400},
+            "'margin' must be a finite number",
+        ),
         (LabelledRow, {"prompt": "p", "completion": "c"}, "'label' must be true or false, not None"),
         (LabelledRow, {"prompt": "p", "completion": "c", "label": 1}, "'label' must be true or false, not 1"),
         (LabelledRow, {"prompt": "p", "label": True}, "no 'completion'"),
@@ -222,7 +227,9 @@ def test_a_completion_with_a_reward_a_label_or_a_better_one() -> None:
     assert RewardedRow.split(record) is None
 
 
-@pytest.mark.parametrize("reward", [None, "1", True, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize(
+    "reward", [None, "1", True, float("nan"), float("inf"), 10**400], ids=lambda value: str(value)[:4]
+)
 def test_rewards_that_are_no_number(reward: Any) -> None:
     with pytest.raises(RowError, match="'reward' must be a finite number"):
         RewardedRow.from_record({"prompt": "p", "completion": "c", "reward": reward})

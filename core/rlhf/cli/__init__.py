@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -134,6 +135,9 @@ def _main(arguments: list[str], asked: signals.Asked) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:  # of any kind: a library that is interrupted may make an error of its own of it
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # no file's name, wherever it was typed
+            fail(f"{error.filename}: is too long for the name of a file")
+            sys.exit(2)
         if asked.number is None:  # nobody interrupted: a fault
             from rlhf.rank import trace
 

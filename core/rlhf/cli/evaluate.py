@@ -70,14 +70,14 @@ def saved_state(directory: RunDirectory, name: str | None) -> tuple[str, dict[st
 
     saved = {found.path.name: found for found in whole(directory.checkpoints)}
     if not saved:
-        raise RequestError(Problem(f"{directory.path}: holds no checkpoint"))
+        raise RequestError(Problem(f"{directory.shown}: holds no checkpoint"))
     chosen = name or list(saved)[-1]
     if chosen == "best":
         best = (directory.summary() or {}).get("best")
         chosen = f"step-{best['step']:06d}" if best else list(saved)[-1]
     fix = f"it holds {', '.join(saved)}"
     if chosen not in saved:
-        raise RequestError(Problem(f"{directory.path}: there is no checkpoint {chosen!r}", fix))
+        raise RequestError(Problem(f"{directory.shown}: there is no checkpoint {chosen!r}", fix))
     try:
         return chosen, load(saved[chosen].path)
     except ValueError as error:

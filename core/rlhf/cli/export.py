@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from rlhf.cli.plan import planned
 from rlhf.cli.run import settle
 from rlhf.entries import Head
 from rlhf.errors import Problem, RequestError
+from rlhf.files import check_free, new_folder, writing
 from rlhf.plan import Component, Plan, plan_from_json
 from rlhf.recipe import from_mapping
 from rlhf.registry import loaded, resolve
@@ -51,8 +50,7 @@ def export(
     quantised weights is merged into those weights, so that the folder computes what the run did.
     """
     target = Path(output)
-    if target.exists():
-        raise RequestError(Problem(f"--output {output}: is there already", "give a folder that isn't"))
+    check_free(target)
     path, role = _run_of(Path(source).expanduser().absolute(), role)
     is_run = (path / "plan.json").is_file()
     if not is_run and (role or checkpoint):
@@ -64,12 +62,9 @@ def export(
         policy, spec = (
             held.enter_context(_of_run(path, role, checkpoint)) if is_run else _of_model(source, trust_remote_code)
         )
-        partial = target.with_name(target.name + ".part")
-        if partial.exists():
-            shutil.rmtree(partial)
-        held.callback(shutil.rmtree, partial, ignore_errors=True)
-        found = resolve(policy).export(spec, partial, getattr(torch, dtype) if dtype else None)
-        os.replace(partial, target)
+        partial = held.enter_context(new_folder(target))
+        with writing(target):
+            found = resolve(policy).export(spec, partial, getattr(torch, dtype) if dtype else None)
     did = [word for word, done in (("adapters merged", found["merged"]), ("unpacked", found["unpacked"])) if done]
     size = f"{found['weights']:,} weights, {found['dtype']}, {found['bytes'] / 1e6:,.1f} MB"
     say(", ".join([f"{found['architecture']}: {size}", *did]))
@@ -122,7 +117,8 @@ def _save(directory: RunDirectory, checkpoint: str, folder: Path) -> None:
     plan: Plan = planned(from_mapping(directory.recipe(), str(directory.path / "recipe.yaml")))
     with contextlib.closing(assemble(plan, say)) as parts:
         restore(parts, state)
-        parts.models.save(folder)
+        with writing(folder):
+            parts.models.save(folder)
     say(f"{directory.path} {name}")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -18,6 +16,7 @@ from rlhf import API_VERSION, api
 from rlhf.cli import Command, say
 from rlhf.entries import KINDS, NONE
 from rlhf.errors import Problem, RequestError
+from rlhf.files import cannot_be_written, check_free, new_folder
 from rlhf.options import nearest
 from rlhf.registry import NAME, loaded
 
@@ -80,10 +79,7 @@ def plugin(name: str, kind: str, output: str | None) -> None:
     """
     _check(name, kind)
     target = Path(output) if output else Path(f"rlhf-{name}")
-    if target.exists():
-        raise RequestError(Problem(f"--output {target}: is there already", "give a folder that isn't"))
-    if target.parent.exists() and not target.parent.is_dir():
-        raise RequestError(Problem(f"--output {target}: {target.parent} is a file", "give a folder"))
+    check_free(target)
     write(target, files(name, kind))
     run = _run(name, kind)
     say(f"wrote {target}: a plugin of one component, --{kind} {name}. What next:")
@@ -205,17 +201,10 @@ def write(target: Path, content: Mapping[str, str]) -> None:
         RequestError: it can't be written.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with new_folder(target) as partial:
             for name, text in content.items():
                 place = partial / name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_text(text, encoding="utf-8")
-            partial.chmod(0o755)
-            partial.rename(target)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     except OSError as error:
-        raise RequestError(Problem(f"--output {target}: cannot be written: {error.strerror}")) from error
+        raise cannot_be_written(target, error) from error

@@ -14,7 +14,7 @@ from rlhf.cli import Command, say
 from rlhf.cli.run import settle
 from rlhf.errors import Problem, RequestError
 from rlhf.place import here
-from rlhf.recipe import key_of, read_yaml
+from rlhf.recipe import key_of, parse_yaml, read_yaml
 from rlhf.registry import loaded
 
 
@@ -90,9 +90,9 @@ def _set(content: dict[str, Any], setting: str) -> None:
     for key in [key for key in place if key_of(key) == key_of(keys[-1])]:  # what it takes the place of, however spelt
         keys[-1] = key
     try:  # @STAGE is no YAML by itself
-        place[keys[-1]] = value if value.startswith("@") else yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        what = f"--set {setting}: the value is no YAML: {' '.join(str(error).split())}"
+        place[keys[-1]] = value if value.startswith("@") else parse_yaml(value)
+    except ValueError as error:
+        what = f"--set {setting}: the value is no YAML: {error}"
         raise RequestError(Problem(what, f"put it in quotes: --set '{path}=\"...\"'")) from error
 
 

@@ -85,11 +85,15 @@ def _laid_over(before: Recipe, typed: Recipe, directory: RunDirectory) -> Recipe
     return attrs.evolve(before, roles=roles, run=run).merged(typed)
 
 
-def what_stands(place: Path | None) -> str:
-    """What a run that was stopped at once leaves to go on from."""
-    found = sorted(place.glob("checkpoints/step-*/manifest.json")) if place else []
+def what_stands(place: Path | None, home: Path) -> str:
+    """What a run that was stopped at once leaves to go on from.
+
+    Args:
+        home: the working folder that it was started in, and may have left.
+    """
+    found = sorted((home / place).glob("checkpoints/step-*/manifest.json")) if place else []
     if found:
         return f"interrupted; {found[-1].parent.name} stands: rlhf run --resume --output {place}"
-    log = place / "metrics.jsonl" if place else None
+    log = home / place / "metrics.jsonl" if place else None
     first = "step" if log is None or not log.is_file() or not log.stat().st_size else "checkpoint"
     return f"interrupted before the first {first}; no checkpoint was written"

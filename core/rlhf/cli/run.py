@@ -42,7 +42,7 @@ def run(
 
     With nothing named, an example that ships with the plugins is used: a tiny model, data and, online, a reward.
     """
-    place = Path(output) if output else None
+    place, home = Path(output) if output else None, Path.cwd()
     try:
         recipe = recipe_of(ctx, recipe_file, flags)
         if resume:
@@ -58,7 +58,7 @@ def run(
         place = place or default_path(plan.algo.name)
         return carry_out(plan, place, resume)
     except KeyboardInterrupt as stopped:  # a stop after a step saves a checkpoint, and the loop tells of it
-        raise Interrupted(what_stands(place)) from stopped
+        raise Interrupted(what_stands(place, home)) from stopped
 
 
 def carry_out(plan: Plan, output: Path, resume: bool) -> int:

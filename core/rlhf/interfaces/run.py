@@ -29,8 +29,8 @@ class Tracker(Component):
     """Hears of the run. One that fails is reported and dropped; the run goes on."""
 
     def run_started(self, run: Mapping[str, Any]) -> None:
-        """`run`: directory, plan, steps, first_step (steps done before: 0, or the checkpoint's), notes. The steps of
-        the other events count from 1."""
+        """`run`: directory (absolute), shown (the same as it was typed), plan, steps, first_step (steps done before: 0,
+        or the checkpoint's), notes. The steps of the other events count from 1."""
 
     def rollout_finished(self, step: int, rollouts: Rollouts) -> None: ...
 

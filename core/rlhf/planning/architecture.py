@@ -329,6 +329,8 @@ def _windows(model: ModelFacts, layers: int) -> tuple[int | None, ...]:
     window = model.get("sliding_window")
     if not window or model.get("use_sliding_window") is False:
         return (None,) * layers
+    if not isinstance(window, int):
+        raise Uncountable(f"{model.path}: config.json has no usable sliding_window")
     kinds = model.get("layer_types")
     if not kinds:
         return (int(window),) * layers

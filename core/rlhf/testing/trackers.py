@@ -43,7 +43,8 @@ class TrackerContract(Contract):
 
         plan = self.plan(kit)
         made: Tracker = make(self.component(plan), Context(plan=plan))
-        return made, {"directory": str(folder), "plan": plan, "steps": 4, "first_step": 0, "notes": ["a note"]}
+        run = {"directory": str(folder), "shown": str(folder), "plan": plan, "steps": 4, "first_step": 0}
+        return made, {**run, "notes": ["a note"]}
 
     def heard(self, kit: Kit, algorithm: str) -> Done:
         """A run that it hears of, made once."""

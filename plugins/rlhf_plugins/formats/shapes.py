@@ -214,7 +214,10 @@ def _judge_last(record: dict[str, Any]) -> None:
 def _read_margin(record: dict[str, Any]) -> None:
     for better, worse in _SCORES:
         if "margin" not in record and _is_number(record.get(better)) and _is_number(record.get(worse)):
-            record["margin"] = record[better] - record[worse]
+            try:
+                record["margin"] = record[better] - record[worse]
+            except OverflowError as error:  # a whole number that no float can hold, beside a float
+                raise RowError(f"{better!r} and {worse!r} must be finite numbers") from error
     if isinstance(record.get("margin"), float) and not math.isfinite(record["margin"]):
         raise RowError(f"'margin' must be a finite number, not {record['margin']}")
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from torch import nn
 
 from rlhf.api import LoadSpec, MemoryStrategy, Problem, RequestError
 from rlhf_plugins.memory.lora import cast_by_autocast
-from rlhf_plugins.policies.loading import adapter_config
+from rlhf_plugins.policies.loading import adapter_config, adapter_weights
 
 
 class SharedBase(MemoryStrategy):
@@ -42,7 +42,7 @@ class SharedBase(MemoryStrategy):
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not spec.trainable
         with torch.random.fork_rng():  # what is drawn is overwritten
             shared.add_adapter(spec.role, config)
-        weights = {name: w for name, w in load_peft_weights(spec.model, device="cpu").items() if not of_head(name)}
+        weights = {name: w for name, w in adapter_weights(spec.model).items() if not of_head(name)}
         found = set_peft_model_state_dict(module, weights, adapter_name=spec.role)
         missing = [name for name in found.missing_keys if f".{spec.role}." in name]
         if missing or found.unexpected_keys:

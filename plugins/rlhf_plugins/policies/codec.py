@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rlhf.api import Message, Problem, RequestError, RowError
 from rlhf_plugins.policies import HFPolicyConfig
-from rlhf_plugins.policies.loading import adapter_config
+from rlhf_plugins.policies.loading import adapter_config, readable, reason
 
 _GENERATION = re.compile(r"\{%-?\s*generation")
 
@@ -244,10 +244,11 @@ def _tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, int | None]:
     problems = []
     for place in dict.fromkeys((model, base)):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
+            with readable(model, (OSError, ValueError, KeyError, ImportError)):
+                tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+                config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
         except (OSError, ValueError, KeyError, ImportError) as error:
-            problems.append(str(error).strip().splitlines()[0])
+            problems.append(reason(error))
             continue
         context = getattr(config, "max_position_embeddings", None)
         return tokenizer, int(context) if context else None

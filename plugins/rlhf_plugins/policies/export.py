@@ -38,8 +38,11 @@ def export(spec: LoadSpec, folder: Path, dtype: torch.dtype | None) -> Mapping[s
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         model.save_pretrained(folder)
+    tokenizer: Any = None
     with contextlib.suppress(OSError, ValueError):  # a model of token ids may have none
-        AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     parameters = list(model.parameters())
     return {
         "architecture": type(model).__name__,

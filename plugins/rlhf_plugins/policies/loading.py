@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
-from rlhf.api import LoadSpec, Problem, RequestError
+from rlhf.api import LoadSpec, Problem, RequestError, RunError
 from rlhf_plugins.policies.heads import init_scalar_head
 
 _LM_HEADS = ("lm_head.", "embed_out.")
@@ -35,7 +35,11 @@ def load_model(
     adapter = adapter_config(spec.model)
     with torch.random.fork_rng():  # transformers draws for weights that are missing; the run's own RNG stays put
         torch.manual_seed(spec.seed)
-        model, missing, unexpected = _load(spec, adapter.base_model_name_or_path if adapter else spec.model, attention)
+        model, info = _load(spec, adapter.base_model_name_or_path if adapter else spec.model, attention)
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if others := [f"{name} {[*there]}, not {[*wanted]}" for name, there, wanted in info["mismatched_keys"]]:
+        fix = "its weights are those of another config.json"
+        raise RequestError(Problem(f"--model {spec.model}: has weights of another shape: {_names(set(others))}", fix))
     if spec.head == "scalar":
         missing = _start_head(model, spec, missing, brought=adapter is not None and _adapter_has_head(spec.model))
         unexpected = {name for name in unexpected if not name.startswith(_LM_HEADS)}
@@ -65,31 +69,71 @@ def adapter_config(model: str) -> Any:
     if Path(model).is_dir() and not (Path(model) / "adapter_config.json").is_file():
         return None
     try:
-        return PeftConfig.from_pretrained(model)
-    except (ValueError, OSError):
+        with readable(model):
+            return PeftConfig.from_pretrained(model)
+    except RequestError:
+        if Path(model).is_dir():
+            raise
         return None
 
 
-def _load(spec: LoadSpec, model: str, attention: str | None) -> tuple[Any, set[str], set[str]]:
-    """(the model, names of missing weights, names of unexpected ones)."""
+def adapter_weights(model: str) -> dict[str, torch.Tensor]:
+    """The weights in an adapter's folder or repository, on the CPU.
+
+    Raises:
+        RequestError: there are none, or they can't be read.
+    """
+    from peft.utils import load_peft_weights
+
+    with readable(model):
+        return dict(load_peft_weights(model, device="cpu"))
+
+
+@contextlib.contextmanager
+def readable(model: str, handed_on: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever libraries raise while they read a model is the model's fault: a file that is cut off, a config that
+    makes no sense.
+
+    Args:
+        handed_on: errors that the caller deals with.
+
+    Raises:
+        RequestError: they raised; gives their reason in a line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (RequestError, RunError, *handed_on)):
+            raise
+        what = f"--model {model}: can't be loaded: {reason(error)}"
+        fix = "give a folder or hub id of a causal language model with its weights in safetensors"
+        raise RequestError(Problem(what, fix)) from error
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, in a line: its first, and the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    bare = not said or isinstance(error, ArithmeticError | LookupError | TypeError | AttributeError)
+    return f"{type(error).__name__}: {said}".removesuffix(": ") if bare else said
+
+
+def _load(spec: LoadSpec, model: str, attention: str | None) -> tuple[Any, dict[str, Any]]:
+    """(the model, what transformers tells of weights that are missing, unexpected or of another shape)."""
     auto: Any = AutoModelForCausalLM if spec.head == "lm" else AutoModelForSequenceClassification
     arguments: dict[str, Any] = {
         "dtype": spec.weights,
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": True,  # never unpickle
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are told, and refused here by name
         **({} if attention is None else {"attn_implementation": attention}),
         **({"num_labels": 1} if spec.head == "scalar" else {}),
         **spec.arguments,
     }
-    try:
-        with quiet():
-            found, info = auto.from_pretrained(model, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        what = f"--model {spec.model}: can't be loaded: {str(error).strip().splitlines()[0]}"
-        fix = "give a folder or hub id of a causal language model with its weights in safetensors"
-        raise RequestError(Problem(what, fix)) from error
-    return found, set(info["missing_keys"]), set(info["unexpected_keys"])
+    with readable(spec.model), quiet():
+        found, info = auto.from_pretrained(model, **arguments)
+    return found, info
 
 
 def _placed(model: Any, device: torch.device, world_size: int) -> PreTrainedModel:
@@ -125,9 +169,7 @@ def _start_head(model: Any, spec: LoadSpec, missing: set[str], brought: bool) ->
 
 
 def _adapter_has_head(folder: str) -> bool:
-    from peft.utils import load_peft_weights
-
-    return any(".score." in name for name in load_peft_weights(folder, device="cpu"))
+    return any(".score." in name for name in adapter_weights(folder))
 
 
 def _merged(model: Any, spec: LoadSpec) -> PreTrainedModel:
@@ -136,7 +178,8 @@ def _merged(model: Any, spec: LoadSpec) -> PreTrainedModel:
     config = adapter_config(spec.model)
     if spec.head == "scalar" and config.task_type == "CAUSAL_LM":
         config.task_type = None  # under a scalar head, PEFT's wrapper for language models misses their generation
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, spec.model, config=config).merge_and_unload()
+    with readable(spec.model):
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, spec.model, config=config).merge_and_unload()
     return merged
 
 

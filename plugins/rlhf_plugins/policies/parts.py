@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from rlhf.api import LoadSpec, Problem, RequestError
 from rlhf_plugins.policies.heads import init_scalar_head
-from rlhf_plugins.policies.loading import adapter_config
+from rlhf_plugins.policies.loading import adapter_config, adapter_weights
 from rlhf_plugins.policies.trunk import Trunk
 
 _HEAD = "base_model.model.score.weight"
@@ -27,7 +27,7 @@ def own_head(module: nn.Module, spec: LoadSpec) -> nn.Linear:
     """See `rlhf.api.Policy.own_head`. Without a bias and in float32, as a sequence classifier's is."""
     trunk = Trunk(module)
     head = nn.Linear(int(trunk.model.config.get_text_config().hidden_size), 1, bias=False)
-    saved = load_peft_weights(spec.model, device="cpu").get(_HEAD) if adapter_config(spec.model) is not None else None
+    saved = adapter_weights(spec.model).get(_HEAD) if adapter_config(spec.model) is not None else None
     if saved is not None:
         with torch.no_grad():
             head.weight.copy_(saved)

@@ -50,6 +50,7 @@ class Console(Tracker):
     def run_started(self, run: Mapping[str, Any]) -> None:
         plan: Plan = run["plan"]
         self._directory, self._steps = Path(run["directory"]), int(run["steps"])
+        self._shown = Path(run.get("shown", self._directory))
         self._step = int(run["first_step"])
         self._saved = f", saved at {self._step}" if self._step else ""
         self._started = self._spoken = time.monotonic()
@@ -121,8 +122,8 @@ class Console(Tracker):
         took = duration(summary.get("wall_seconds"))
         self._say(f"{summary.get('status', 'ended')}: {summary.get('steps', self._step)} steps in {took}; {memory}")
         if error is None and (self._directory / "model").is_dir():
-            self._say(f"model  {self._directory / 'model'}")
-        folder = shlex.quote(str(self._directory))
+            self._say(f"model  {self._shown / 'model'}")
+        folder = shlex.quote(str(self._shown))
         if error is not None and any((self._directory / "checkpoints").glob("step-*")):
             self._say(f"resume rlhf run --output {folder} --resume")
         self._say(f"next   rlhf report {folder}")
@@ -142,7 +143,7 @@ class Console(Tracker):
         self._say(f"rlhf {plan.algo.name}: {plan.algo.entry.summary}", "bold")
         for label, text in (
             ("model", "; ".join(named)),
-            ("results", str(self._directory)),
+            ("results", str(self._shown)),
             ("device", f"{self.context.device}, {chip}{processes}"),
             ("length", f"{self._steps} steps, {plan.run.batch_size} {unit} each{resumed}"),
             *(("note", note) for note in notes),

@@ -289,6 +289,8 @@ def test_scores_give_the_margin_unless_there_is_one() -> None:
         to_record({**pair, "chosen_score": float("inf"), "rejected_score": 1.0})
     with pytest.raises(RowError, match="finite"):
         to_record({**pair, "margin": float("nan")})
+    with pytest.raises(RowError, match="'chosen_score' and 'rejected_score' must be finite numbers"):
+        to_record({**pair, "chosen_score": 10**400, "rejected_score": 1.0})
 
 
 def test_typed_reads_labels_and_scores_and_nothing_else() -> None:

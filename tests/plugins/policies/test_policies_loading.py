@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.errors import RequestError
 from rlhf.interfaces import HeadRequest
 from rlhf.sequences import Sequences
+from rlhf_plugins.policies.export import export
 
 
 def edit_weights(folder: str, drop: str = "", add: str = "") -> None:
@@ -69,6 +72,69 @@ def test_what_is_no_model_is_refused(given: str, tmp_path: Path, policy: Any, sp
         place.write_text("hello")
     with pytest.raises(RequestError, match="can't be loaded"):
         policy().load(spec(str(place)))
+
+
+def cut(place: Path) -> None:
+    whole = (place / "model.safetensors").read_bytes()
+    (place / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def short(place: Path) -> None:
+    weights = load_file(place / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:3].contiguous()
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def says(**changed: Any) -> Callable[[Path], None]:
+    def change(place: Path) -> None:
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps({**config, **changed}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut, r"can't be loaded: .*deserializing header"),
+        (lambda place: (place / "model.safetensors").write_bytes(b""), r"can't be loaded: .*header too small"),
+        (short, r"has weights of another shape: model\.embed_tokens\.weight \[3, 32\], not \[41, 32\]"),
+        (says(hidden_size="x"), r"can't be loaded: .*'hidden_size': TypeError: .*expected int, got str"),
+        (says(vocab_size=None), r"can't be loaded: .*'vocab_size'"),
+        (says(num_attention_heads=0), r"can't be loaded: ZeroDivisionError: "),
+        (says(model_type=[]), r"can't be loaded: TypeError: unhashable"),
+    ],
+)
+def test_a_damaged_model_is_refused_with_the_reason(
+    damage: Callable[[Path], None], told: str, folder: Any, policy: Any, spec: Any, tmp_path: Path
+) -> None:
+    place = Path(folder("llama"))
+    damage(place)
+    with pytest.raises(RequestError, match=told) as caught:
+        policy().load(spec(str(place)))
+    assert str(caught.value).startswith(f"--model {place}: ") and len(caught.value.problems[0].what.splitlines()) == 1
+    with pytest.raises(RequestError, match=told):
+        export(spec(str(place)), tmp_path / "out", None)
+    with contextlib.suppress(RequestError):  # and with nothing else: a tokenizer is read by the config too
+        policy().codec(str(place))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "shape"])
+def test_a_damaged_adapter_is_refused_with_the_reason(
+    damage: str, folder: Any, policy: Any, spec: Any, tmp_path: Path
+) -> None:
+    hf, given, place = policy(), spec(folder("llama")), tmp_path / "adapter"
+    hf.save(adapted(hf.load(given), seed=1), place, given)
+    file = place / "adapter_model.safetensors"
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:50])
+    else:
+        save_file({name: w[:1].contiguous() for name, w in load_file(file).items()}, file)
+    for head in ("lm", "scalar"):
+        with pytest.raises(RequestError, match=rf"--model {place}: can't be loaded: \w+"):
+            hf.load(spec(str(place), head, head_init="zero"))
 
 
 def test_pickled_weights_are_never_read(folder: Any, policy: Any, spec: Any) -> None:
