@@ -97,7 +97,7 @@ def test_while_a_critic_warms_up_the_policy_learns_nothing_beside(tmp_path: Path
 
     def noting(factor: float) -> Any:
         done = update(factor)
-        moved.append(max(float((a - b).abs().max()) for a, b in zip(body.parameters(), weights, strict=True)))
+        moved.append(max(float((a - b).detach().abs().max()) for a, b in zip(body.parameters(), weights, strict=True)))
         return done
 
     run.parts.backend.update = noting  # type: ignore[method-assign]

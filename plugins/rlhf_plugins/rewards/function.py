@@ -82,9 +82,9 @@ def load_function(path: str, flag: str) -> Callable[..., Any]:
 
 
 def source_digest(path: str) -> str:
-    """Of FILE.py as it is on disk; empty for a module, which may be of many files."""
-    place = path.rpartition(":")[0]
-    return hashlib.sha256(Path(place).expanduser().read_bytes()).hexdigest() if place.endswith(".py") else ""
+    """Of FILE.py as it is on disk; empty where there is none, and for a module, which may be of many files."""
+    file = Path(path.rpartition(":")[0]).expanduser()
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else ""
 
 
 def _from_file(file: Path) -> ModuleType:

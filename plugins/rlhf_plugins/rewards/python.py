@@ -30,8 +30,8 @@ class PythonFunction(Reward):
         super().__init__(config, context)
         self._who = f"reward {context.label or 'python'!r} ({config.path})"
         self._flag = f"--reward.{context.label or 'python'}.path {config.path}"
+        self._written = source_digest(config.path)  # before it runs: it may leave the folder that it is named from
         self._function = load_function(config.path, self._flag)
-        self._written = source_digest(config.path)
         self._takes = parameters(self._function, self._flag)
         self._batched = "completions" in self._takes.names if config.batched is None else config.batched
         self._own = ("prompts", "completions") if self._batched else ("prompt", "completion")
