@@ -156,7 +156,8 @@ def _run(job: Job, place: Place, say: Say) -> int:
         held.callback(parts.close)
         directory.lock()
         held.callback(directory.close)
-        directory.check(job.plan, job.resume)  # again: while this one loaded another may have come and gone
+        if not job.resume:
+            directory.check(job.plan, False)  # again: while this one loaded another may have come and gone
         world = parts.backend.world
         digests = world.gather(parts.digest)  # and the directory is there, or rank 0 has said why not
         if digests[place.rank] != digests[0]:
