@@ -17,11 +17,11 @@ HEAVY = ("accelerate", "datasets", "numpy", "peft", "pyarrow", "safetensors", "t
 TOOLS = ("hatchling", "hypothesis", "ninja", "pytest", "pytest-xdist")
 """What the tests need beside the package and its extras."""
 LIGHT_TESTS = (
-    "composing", "planning/test_planning_memory.py", "test_core_allocator.py", "test_core_cli.py",
-    "test_core_constraints.py", "test_core_defaults.py", "test_core_facts.py", "test_core_library.py",
-    "test_core_matrix.py", "test_core_new.py", "test_core_options.py", "test_core_place.py", "test_core_plan.py",
-    "test_core_recipe.py", "test_core_rundir.py", "test_core_shares.py", "test_core_without_torch.py",
-    "test_report.py", "test_rows.py",
+    "cli", "composing", "planning/test_planning_devices.py", "planning/test_planning_fit.py",
+    "planning/test_planning_memory.py", "test_core_allocator.py", "test_core_constraints.py",
+    "test_core_defaults.py", "test_core_facts.py", "test_core_library.py", "test_core_matrix.py", "test_core_new.py",
+    "test_core_options.py", "test_core_place.py", "test_core_plan.py", "test_core_recipe.py", "test_core_rundir.py",
+    "test_core_shares.py", "test_core_without_torch.py", "test_report.py", "test_rows.py",
 )  # fmt: skip
 """Of tests/core, what needs no torch, but for tests that are marked `whole`."""
 

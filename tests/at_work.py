@@ -1,8 +1,10 @@
-"""Runs at work in this process, of recipes on the built-in example, and what they leave behind."""
+"""Runs at work, most in this process, of recipes on the built-in example, and what they leave behind."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,15 @@ from rlhf.rundir import RunDirectory
 from rlhf.sequences import Rollouts
 
 MACHINE_DEPENDENT = ("time/", "perf/", "memory/")
+
+
+def wait_for_step(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
+    """Until the run of another process has logged this step."""
+    log = output / "metrics.jsonl"
+    while process.poll() is None:
+        if log.is_file() and log.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.005)
 
 
 def plan_of(**recipe: Any) -> Plan:

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 from truth import SMOLLM2, make_model
+
+from at_work import wait_for_step
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU that this torch can use")]
@@ -151,10 +152,8 @@ def test_what_is_not_in_use_is_off_the_device(tmp_path: Path, usual: Callable[[s
 def test_a_killed_run_goes_on(tmp_path: Path, usual: Callable[[str], tuple[str, ...]]) -> None:
     words = (*usual("ppo"), "--mem", "fp32", "--save-every", "1")
     run(tmp_path / "whole", *words)
-    log = tmp_path / "killed" / "metrics.jsonl"
     with subprocess.Popen(command(tmp_path / "killed", *words), stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 2):
-            time.sleep(0.005)
+        wait_for_step(process, tmp_path / "killed", 2)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed: this shows nothing"
     run(tmp_path / "killed", *words, "--resume")

@@ -403,7 +403,7 @@ DIGEST = (
 
 TABLES = (
     (f"{C}/rundir.py", (f"{T}/test_core_rundir.py",), RUN_DIRECTORY),
-    (f"{C}/planning/fit.py", (f"{T}/planning/test_planning_memory.py",), FIT),
+    (f"{C}/planning/fit.py", (f"{T}/planning/test_planning_fit.py",), FIT),
     (f"{C}/parts.py", (f"{T}/test_core_mixture.py",), DIGEST),
     (f"{C}/rounds.py", (f"{T}/test_core_rounds.py",), ROUNDS),
     (f"{C}/mixture.py", (f"{T}/test_core_mixture.py",), MIXTURE),

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-MACHINE_DEPENDENT = ("time/", "perf/", "memory/")
+from at_work import MACHINE_DEPENDENT, wait_for_step
+
 RUNS = {
     "ppo": ("--algo", "ppo", "--algo.minibatches", "2", "--algo.epochs", "2", "--algo.kl-control", "adaptive",
             "--algo.normalise-rewards", "--max-steps", "12", "--batch-size", "16", "--eval-rows", "16",
@@ -37,15 +38,6 @@ def weights(output: Path) -> dict[str, str]:
     files = sorted((output / "model").rglob("*.safetensors"))
     assert files
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def wait_for_step(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
-    """Until the run has logged this step."""
-    log = output / "metrics.jsonl"
-    while process.poll() is None:
-        if log.is_file() and log.read_bytes().count(b"\n") >= step:
-            return
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,22 @@
-"""Bytes by role and phase, by hand; sharding, offload and copies as entries declare them; what would fit."""
+"""Bytes by role and phase, by hand; sharding, offload and copies as entries declare them; micro-batches."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import attrs
 import pytest
+from fake_plans import CONFIG, LAYER, LONG, N, entries, phase, strategy
 
 from rlhf.api import (
-    AlgorithmEntry,
     BackendEntry,
     EngineEntry,
-    LauncherEntry,
     MemoryEntry,
     OptimizerEntry,
     Passes,
-    PolicyEntry,
     Role,
     Weight,
     copied,
@@ -30,76 +27,18 @@ from rlhf.api import (
     precision,
     recomputed,
     unchanged,
-)  # fmt: skip
+)
 from rlhf.compose import compose
-from rlhf.draft import Ask
-from rlhf.entries import POLICY, FormatEntry
-from rlhf.errors import Problem
-from rlhf.facts import Gpu, Machine
+from rlhf.entries import POLICY
+from rlhf.facts import Machine
 from rlhf.plan import Plan
-from rlhf.planning import fit as fitting
-from rlhf.planning.devices import device_named, memory_size, nominal_peaks, planned_machine
+from rlhf.planning.devices import nominal_peaks
 from rlhf.planning.duration import duration
-from rlhf.planning.fit import nearest_fit
-from rlhf.planning.memory import Lengths, Memory, assumed_lengths, micro_batch
+from rlhf.planning.memory import Lengths, assumed_lengths, micro_batch
 from rlhf.planning.phases import predict
-from rlhf.planning.prediction import device_of, prediction
-from rlhf.planning.text import describe, size
+from rlhf.planning.text import describe
 from rlhf.recipe import Recipe
 from rlhf.registry import Registry
-from rlhf.rows import CompletionRow
-
-GIB = 1 << 30
-Make = Callable[..., Registry]
-CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000,
-    "tie_word_embeddings": True, "max_position_embeddings": 4096,
-}  # fmt: skip
-LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128 + 2 * 64
-N = 1000 * 64 + 2 * LAYER + 64
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model of which there is nothing but a config.json, and a data file."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    return tmp_path
-
-
-def entries(*more: Any, **algorithm: Any) -> tuple[Any, ...]:
-    """Fakes of every kind that a plan needs."""
-    return (
-        AlgorithmEntry(name="fake-algo", summary="", impl="m:C", rank=1, data=CompletionRow, **algorithm),
-        PolicyEntry(name="fake-policy", summary="", impl="m:C", rank=1),
-        OptimizerEntry(name="fake-adam", summary="", impl="m:C", rank=1, footprint=moments(4, 4)),
-        BackendEntry(name="fake-backend", summary="", impl="m:C", rank=1, footprint=unchanged),
-        LauncherEntry(name="fake-launch", summary="", impl="m:C", rank=1),
-        FormatEntry(name="fake-format", summary="", impl="m:C", suffixes=(".jsonl",)),
-        MemoryEntry(name="fake-fp32", summary="", impl="m:C", phase="load", slot="precision", rank=1,
-                    footprint=precision(trained=4, frozen=4, compute=4)),
-        *more,
-    )  # fmt: skip
-
-
-def strategy(name: str, footprint: Any, **more: Any) -> MemoryEntry:
-    return MemoryEntry(name=name, summary="", impl="m:C", **{"phase": "shard", **more}, footprint=footprint)
-
-
-@pytest.fixture
-def planned(folder: Path, typed: Callable[..., Recipe], make_registry: Make, machine: Machine) -> Callable[..., Plan]:
-    def make(*words: str, of: tuple[Any, ...] = (), gpus: int = 0) -> Plan:
-        there = attrs.evolve(machine, gpus=(Gpu("fake-gpu", 8 * GIB, (9, 0)),) * gpus)
-        recipe = typed("--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), *words)
-        return compose(recipe, make_registry(*(of or entries())), there)
-
-    return make
-
-
-def phase(found: Memory, name: str) -> Any:
-    return next(p for p in found.phases if p.phase == name)
 
 
 def test_full_training_in_float32_is_16_bytes_a_weight(planned: Callable[..., Plan]) -> None:
@@ -273,14 +212,6 @@ def test_components_that_say_nothing_are_told(planned: Callable[..., Plan]) -> N
     assert not found.missing  # what is known is still compared
 
 
-def test_a_model_that_cant_be_counted_never_fits(planned: Callable[..., Plan], folder: Path) -> None:
-    (folder / "model" / "config.json").write_text(json.dumps({**CONFIG, "model_type": "of-another-kind"}))
-    found = prediction(planned(gpus=1))
-    assert not found.fits
-    assert found.duration is None
-    assert any("can't be counted" in note for note in found.memory.notes)
-
-
 def test_an_engines_memory_is_of_the_rollout_but_for_what_it_holds(planned: Callable[..., Plan]) -> None:
     engine = EngineEntry(name="fake-engine", summary="", impl="m:C", rank=1,
                          footprint=lambda *_: {"KV cache": 1000.0, "resident weights": 500.0})  # fmt: skip
@@ -337,6 +268,16 @@ def test_where_a_step_is_one_micro_batch_what_is_scored_keeps_its_graph(planned:
     assert scored("fake-backend", 400) < 1  # each forward is a meeting of ranks: none is kept
 
 
+def test_rows_held_out_are_dealt_over_ranks(
+    typed: Callable[..., Recipe], installed: Registry, machine: Machine
+) -> None:
+    def keys_and_values(rows: str, ranks: str) -> float:
+        words = ("--algo", "ppo", "--backend", "ddp", "--nproc", ranks, "--batch-size", "4", "--eval-rows", rows)
+        return phase(predict(compose(typed(*words), installed, machine), LONG), "rollout").device["KV cache"]
+
+    assert keys_and_values("64", "4") == keys_and_values("16", "1") < keys_and_values("64", "1")
+
+
 # Micro-batches
 
 
@@ -369,168 +310,3 @@ def test_lengths_are_assumed_within_the_context(planned: Callable[..., Plan], fo
     assert assumed_lengths(planned()) == Lengths(prompt=512, response=512)
     (folder / "model" / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 600}))
     assert assumed_lengths(planned()) == Lengths(prompt=88, response=512)
-
-
-# Devices
-
-
-@pytest.mark.parametrize(
-    ("text", "bytes"), [("80GiB", 80 * GIB), ("24 GB", 24e9), ("1.5g", 1.5 * GIB), ("512mib", GIB / 2), ("100", 100)]
-)
-def test_sizes_are_read(text: str, bytes: float) -> None:
-    assert memory_size(text) == bytes
-
-
-@pytest.mark.parametrize("text", ["lots", "", "-1GiB", "0", "3 parsecs"])
-def test_what_is_no_size_is_told(text: str) -> None:
-    assert isinstance(memory_size(text), Problem)
-
-
-def test_devices_by_name(machine: Machine) -> None:
-    made = planned_machine(machine, "H100", None, 2)
-    assert isinstance(made, Machine)
-    assert [gpu.memory_bytes for gpu in made.gpus] == [80 * GIB] * 2
-    assert {"cuda", "bf16"} <= made.provides
-    old = planned_machine(machine, "v100", 16 * GIB, 1)
-    assert isinstance(old, Machine)
-    assert "bf16" not in old.provides
-    assert old.gpus[0].memory_bytes == 16 * GIB
-    cpu = planned_machine(attrs.evolve(machine, gpus=old.gpus), "cpu", 4 * GIB, 1)
-    assert isinstance(cpu, Machine)
-    assert (cpu.gpus, cpu.memory_bytes) == ((), 4 * GIB)
-    wrong = device_named("a10")
-    assert isinstance(wrong, Problem)
-    assert "did you mean a100" in wrong.fix or "a10g" in wrong.fix
-    assert planned_machine(machine, None, None, 4) is machine
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"), [("4090", "rtx4090"), ("RTX 3090", "rtx3090"), ("40S", "l40s"), ("CPU", "cpu")]
-)
-def test_a_device_by_the_end_of_its_name(machine: Machine, given: str, meant: str) -> None:
-    assert device_named(given) == meant
-    made = planned_machine(machine, given, None, 1)
-    assert isinstance(made, Machine)
-    assert [gpu.name for gpu in made.gpus] == ([] if meant == "cpu" else [meant])
-
-
-@pytest.mark.parametrize("given", ["100", "90", "l40", "s", "", "5090"])
-def test_an_end_that_several_have_or_none_is_no_device(given: str) -> None:
-    wrong = device_named(given)
-    assert isinstance(wrong, Problem) and "known: v100, " in wrong.fix
-
-
-def test_nominal_peaks_say_where_they_are_from(machine: Machine) -> None:
-    peaks, why = nominal_peaks(attrs.evolve(machine, gpus=(Gpu("NVIDIA H100 80GB HBM3", 1, (9, 0)),)))
-    assert (peaks.flops["bfloat16"], peaks.bandwidth, why) == (989e12, 3.35e12, "nominal peaks of h100")
-    assert "taken for" in nominal_peaks(attrs.evolve(machine, gpus=(Gpu("NVIDIA X1", 1, (9, 0)),)))[1]
-
-
-def test_sizes_are_written_short() -> None:
-    assert [size(x) for x in (0, 10, 2048, 3.5 * (1 << 20), 80 * GIB)] == [
-        "-",
-        "10 B",
-        "2.00 KiB",
-        "3.50 MiB",
-        "80.0 GiB",
-    ]
-
-
-# What would fit
-
-
-@pytest.fixture
-def asked(
-    folder: Path, typed: Callable[..., Recipe], make_registry: Make, machine: Machine
-) -> Callable[..., tuple[Ask, Plan]]:
-    def make(memory: float, *words: str, of: tuple[Any, ...] = ()) -> tuple[Ask, Plan]:
-        there = attrs.evolve(machine, gpus=(Gpu("fake-gpu", int(memory), (9, 0)),))
-        recipe = typed("--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), *words)
-        registry = make_registry(*(of or entries(strategy("fake-again", recomputed, phase="wrap"))))
-        return Ask(recipe, registry, there), compose(recipe, registry, there)
-
-    return make
-
-
-LONG = Lengths(prompt=1024, response=1024)
-
-
-def test_smaller_micro_batches_come_first_and_no_smaller_than_needed(asked: Callable[..., tuple[Ask, Plan]]) -> None:
-    needed = {
-        tokens: prediction(asked(GIB, "--micro-batch-tokens", str(tokens))[1], LONG).memory.needed
-        for tokens in (16384, 8192, 4096)
-    }
-    assert needed[16384] > needed[8192] > needed[4096]
-    between = (needed[8192] + needed[4096]) / 2
-    fit = nearest_fit(*asked(between, "--micro-batch-tokens", "16384"), LONG)
-    assert fit is not None
-    assert fit.words == "--micro-batch-tokens 4096"
-    assert fit.prediction.memory.needed == needed[4096] <= between
-
-
-def test_two_changes_where_one_is_not_enough(asked: Callable[..., tuple[Ask, Plan]]) -> None:
-    of = entries(strategy("fake-again", recomputed, phase="wrap"))
-    least = prediction(asked(GIB, "--micro-batch-tokens", "256", "--mem", "fake-again", of=of)[1], LONG).memory.needed
-    alone = prediction(asked(GIB, "--micro-batch-tokens", "256", of=of)[1], LONG).memory.needed
-    fit = nearest_fit(*asked((least + alone) / 2, of=of), LONG)
-    assert fit is not None
-    assert "--mem fake-again" in fit.words
-    assert "--micro-batch-tokens" in fit.words
-    assert nearest_fit(*asked(1 << 20, of=of), LONG) is None  # nothing makes a process that small
-
-
-@pytest.mark.parametrize(
-    ("fits", "nearest"),
-    [
-        ({"ab": 3, "d": 1}, "ab"),  # changes nothing of what is learnt
-        ({"d": 1, "cd": 3, "abc": 2}, "abc"),  # changes less
-        ({"a": 1, "ab": 2, "b": 2}, "b"),  # the fewest, and of those the one that leaves least memory idle
-        ({"d": 1}, "d"),
-        ({}, None),
-    ],
-)
-def test_what_changes_least_of_what_is_learnt_is_nearest(
-    fits: dict[str, float], nearest: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = {"a": 0, "b": 0, "c": 2, "d": 3}
-    changes = [fitting.Change(name, weight, (fitting.Step(name, Recipe()),)) for name, weight in weights.items()]
-
-    def gentlest(ask: Any, chosen: Sequence[Any], lengths: Any) -> Any:
-        name = "".join(change.sort for change in chosen)
-        memory = SimpleNamespace(memory=SimpleNamespace(needed=fits.get(name)))
-        weight = sum(change.weight for change in chosen)
-        return fitting.Fit(name, weight, Recipe(), cast(Any, memory)) if name in fits else None
-
-    monkeypatch.setattr(fitting, "_changes", lambda ask, plan: changes)
-    monkeypatch.setattr(fitting, "_gentlest", gentlest)
-    found = nearest_fit(cast(Any, None), cast(Any, None), LONG)
-    assert (found and found.words) == nearest
-
-
-def test_rows_held_out_are_dealt_over_ranks(
-    typed: Callable[..., Recipe], installed: Registry, machine: Machine
-) -> None:
-    def keys_and_values(rows: str, ranks: str) -> float:
-        words = ("--algo", "ppo", "--backend", "ddp", "--nproc", ranks, "--batch-size", "4", "--eval-rows", rows)
-        return phase(predict(compose(typed(*words), installed, machine), LONG), "rollout").device["KV cache"]
-
-    assert keys_and_values("64", "4") == keys_and_values("16", "1") < keys_and_values("64", "1")
-
-
-def test_processes_on_cpus_share_the_machine(machine: Machine) -> None:
-    """What each takes must fit in its part: two that take 6 GiB each don't fit in 10."""
-    cpu = attrs.evolve(machine, gpus=(), memory_bytes=10 * GIB)
-    assert device_of(cpu, 1) == ("this machine's memory", 10 * GIB)
-    assert device_of(cpu, 2) == ("this machine's memory, shared by 2 processes", 5 * GIB)
-    own = planned_machine(machine, "H100", None, 2)
-    assert isinstance(own, Machine)
-    assert device_of(own, 2)[1] == 80 * GIB
-
-
-def test_a_plan_never_fits_by_the_bytes_of_its_tensors_alone(planned: Callable[..., Plan]) -> None:
-    """The process and what the allocator loses are counted in."""
-    plan = planned(gpus=1)
-    found = prediction(plan)
-    tight = attrs.evolve(found, device_bytes=int(found.memory.peak.total) + 1)
-    assert not tight.fits
-    assert attrs.evolve(found, device_bytes=int(found.memory.needed) + 1).fits
